@@ -1,1 +1,1 @@
-"""The console script `popsd`: one module per sub-command; nothing heavy is imported before a sub-command runs."""
+"""The console script `popsd`: one module per sub-command. Large packages are imported only when a sub-command runs."""

@@ -1,4 +1,4 @@
-"""The argument parser, and arguments that several sub-commands share."""
+"""The parser, and arguments shared by several sub-commands."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _EXAMPLE = "example"
 
 
 class _Formatter(argparse.HelpFormatter):
-    """argparse's formatter, which keeps the lines of `example`."""
+    """argparse's formatter, but keeps the line breaks of `example`."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(_EXAMPLE) else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which prints an error as one line like every other error of `popsd`."""
+    """argparse's parser, but prints an error as one line, like all errors of `popsd`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _Formatter, **options})
 
     def error(self, message: str) -> NoReturn:
-        """Prints `message` and exits with 2."""
+        """Print `message` and exit with status 2."""
         text = " ".join(message.split())
         text = text if text.isprintable() else ascii(text)[1:-1]
         text = text if len(text) <= 1000 else f"{text[:1000]}..."
@@ -42,12 +42,12 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def example(*commands: str) -> str:
-    """The end of a sub-command's help: complete commands, one per line."""
+    """Format the end of a sub-command's help: complete commands, one per line."""
     return "\n".join([f"{_EXAMPLE}{'s' if len(commands) > 1 else ''}:", *(f"  {command}" for command in commands)])
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add the configuration file, which may be `optional`, and its overrides."""
+    """Add the configuration file (which may be `optional`) and its overrides."""
     parser.add_argument(
         "config",
         metavar="CONF",
@@ -66,7 +66,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
 
 
 def number(convert: Callable[[str], Number], low: Number, high: Number) -> Callable[[str], Number]:
-    """The type of an argument that is a number from `low` to `high`."""
+    """Return the argparse type of a number from `low` to `high`."""
 
     def parse(text: str) -> Number:
         try:

@@ -1,4 +1,4 @@
-"""Handles errors that any sub-command may raise: a package that is not installed, an output that is closed early."""
+"""Errors common to all sub-commands: a missing package, an output that is closed early."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nemo_popsd.errors import UserError
 P = ParamSpec("P")
 
 OUTPUT_CLOSED = 141
-"""Exit status of a command whose output is a closed pipe, the same as a shell's for SIGPIPE."""
+"""Exit status of a command whose output is a closed pipe; a shell uses the same for SIGPIPE."""
 
-# Distributions whose name differs from the module's. For other modules the top-level name is used.
+# Distributions whose names differ from their modules. For other modules, the top-level name is used.
 _DISTRIBUTIONS = {
     "megatron.bridge": "megatron-bridge",
     "megatron.core": "megatron-core",
@@ -30,17 +30,17 @@ _DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 _OF_A_MODEL = ("megatron.bridge", "megatron.core", "nemo", "lightning", "transformers", "torch")
-"""Modules that every command that builds a model imports. pip does not install the first one with this package."""
+"""Modules that every command with a model imports. pip does not install the first one with this package."""
 _WITHOUT_DEPENDENCIES = ("megatron-bridge",)
-"""Packages whose metadata requires others that have no builds for CPUs (see Makefile)."""
+"""Distributions to install without dependencies: their metadata requires packages without CPU builds (see Makefile)."""
 
 
 @contextmanager
 def missing_packages_named() -> Iterator[None]:
-    """Turns the failed import of a package into an error that names the command to install it.
+    """Turn the failed import of a package into an error with the command that installs it.
 
     Raises:
-        UserError: replaces `ModuleNotFoundError`, unless the module belongs to this package, which is a defect.
+        UserError: instead of `ModuleNotFoundError`, unless the module belongs to this package, which is a defect.
     """
     try:
         yield
@@ -52,10 +52,10 @@ def missing_packages_named() -> Iterator[None]:
 
 
 def refuse_missing_packages() -> None:
-    """Refuses a command that builds a model if packages that it imports are not installed; imports none of them.
+    """Refuse a command that builds a model if required packages are not installed, without importing them.
 
     Raises:
-        UserError: names all missing packages, Megatron-Bridge first, with the command that installs them.
+        UserError: packages are missing; the message names all of them and the command that installs them.
     """
     missing = [module for module in _OF_A_MODEL if not _is_found(module)]
     if missing:
@@ -92,21 +92,23 @@ def _missing(modules: Sequence[str]) -> UserError:
 
 
 def _without_dependencies() -> str:
-    """Options of pip for `_WITHOUT_DEPENDENCIES`. The metadata of Megatron-Bridge 0.6 excludes Python 3.13, for which
-    pip would select 0.3, a version of the other stack.
+    """Return pip's options for `_WITHOUT_DEPENDENCIES`.
+
+    The metadata of Megatron-Bridge 0.6 excludes Python 3.13; without the option, pip would install 0.3 there, which
+    belongs to another stack.
     """
     return "--no-deps " + ("--ignore-requires-python " if sys.version_info >= (3, 13) else "")
 
 
 def _distribution(module: str) -> str:
-    """The distribution that contains `module`."""
+    """Return the distribution that provides `module`."""
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((_DISTRIBUTIONS[name] for name in names if name in _DISTRIBUTIONS), parts[0].replace("_", "-"))
 
 
 def quiet_when_output_closes(command: Callable[P, int]) -> Callable[P, int]:
-    """Ends `command` without a traceback when its standard output is closed early, as in ``popsd doctor | head``."""
+    """End `command` without a traceback if its standard output is closed early, as in ``popsd doctor | head``."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -126,7 +128,7 @@ def quiet_when_output_closes(command: Callable[P, int]) -> Callable[P, int]:
 
 
 def _redirect_closed_output() -> bool:
-    """Whether standard output has been closed; it then goes to /dev/null, so that Python's flush at exit succeeds."""
+    """Whether standard output was closed; if so, redirect it to /dev/null, so that Python's flush at exit succeeds."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
     if not output_is_closed():
@@ -138,7 +140,7 @@ def _redirect_closed_output() -> bool:
 
 
 def output_is_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads."""
+    """Whether standard output is a pipe without a reader."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # replaced by an object that is not a file

@@ -17,8 +17,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert a Hugging Face directory to a NeMo checkpoint, or back",
-        description="Convert a model between the formats, tensor by tensor, in one process that needs memory for one "
-        "shard. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
+        description="Convert a model between the two formats, tensor by tensor. One process with memory for one shard "
+        "is sufficient. Under torchrun, --verify splits Megatron's model over the ranks by tensor parallelism.",
         epilog=example(
             "popsd convert hf-to-nemo /models/Qwen3-8B /models/Qwen3-8B-nemo --verify",
             "popsd convert nemo-to-hf runs/tiny/checkpoints/final models/tiny",
@@ -51,7 +51,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="size at which a new weight file starts; default: 4",
     )
     for direction in (to_nemo, to_hf):
-        direction.add_argument("--precision", choices=("bf16", "fp32"), help="precision of OUT; default: that of SRC")
+        direction.add_argument(
+            "--precision", choices=("bf16", "fp32"), help="precision of OUT; default: the precision of SRC"
+        )
         direction.add_argument("--verify", action="store_true", help="compare every tensor, and logits on sample text")
         direction.add_argument(
             "--trust-remote-code",

@@ -9,9 +9,9 @@ from nemo_popsd.cli.arguments import Subparsers, add_config_arguments, example, 
 from nemo_popsd.config.paths import path_argument
 
 WRONG = 2
-"""Exit status of a check that finds something wrong, the same as for a configuration that is refused."""
+"""Exit status of a check that finds a problem, the same as for a refused configuration."""
 LAYOUTS = ("dasd", "openthoughts", "math-cot-20k", "gsm8k", "aime", "hmmt")
-"""Names of the layouts in `nemo_popsd.data.published`, which is imported only when it is used."""
+"""Names of the layouts in `nemo_popsd.data.published`, which is imported only when used."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -26,22 +26,22 @@ def add_parser(subparsers: Subparsers) -> None:
     check = actions.add_parser(
         "check",
         help="show rows in every template, lengths, duplicates, leaks and answers",
-        description="Read all rows of CONF and show: some rows as student and teachers see them, lengths in tokens and "
-        "the limits, repeated questions, evaluation questions that occur in the training rows, and how answers are "
-        "compared. Reads no weights. Exits with status 2 if something is wrong.",
+        description="Read all rows of CONF and show: some rows as student and teachers see them, lengths in tokens "
+        "next to the limits, repeated questions, evaluation questions that are also in the training data, and how "
+        "answers are compared. Reads no weights. Exits with status 2 if something is wrong.",
         epilog=example("popsd data check conf/tiny.yaml"),
     )
     add_config_arguments(check)
     check.add_argument(
         "--rows", metavar="N", type=number(int, 0, 1000), default=3, help="rows of each set to show; default: 3"
     )
-    check.add_argument("--full", action="store_true", help="show long texts to their end")
+    check.add_argument("--full", action="store_true", help="show long texts completely")
     check.set_defaults(run=run_check)
     convert = actions.add_parser(
         "convert",
         help="write a published data set as JSONL with question, reference and answer",
-        description="Write the mathematics problems of a published data set as JSONL with the columns id, question, "
-        "reference and answer, if they are published.",
+        description="Write the mathematics rows of a published data set as JSONL with those of the columns id, "
+        "question, reference and answer that are published.",
         epilog=example(
             "popsd data convert openthoughts /data/OpenThoughts3-1.2M /data/openthoughts.jsonl --rows 30000",
             "popsd data convert aime /data/aime_2025 /data/aime25.jsonl",
@@ -53,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="SOURCE",
         nargs="+",
         type=path_argument,
-        help="file, pattern in quotes, or directory, downloaded from the Hub",
+        help="file, quoted pattern or directory, downloaded from the Hub",
     )
     convert.add_argument("output", metavar="OUTPUT", type=path_argument, help="JSONL file to write")
     convert.add_argument(
@@ -66,7 +66,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Print the check; returns the exit status."""
+    """Print the check and return the exit status."""
     from nemo_popsd.commands.data_check import check_data
     from nemo_popsd.config.loading import load_config
 

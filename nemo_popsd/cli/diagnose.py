@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _REASONS = {
     "--views": "views are scored before training",
-    "--fp8": "the frozen passes are of the untrained model",
+    "--fp8": "the frozen passes use the untrained model",
 }
 
 
@@ -27,11 +27,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "diagnose",
         help="decompose the teacher's signal token by token",
-        description="Generate responses to rows of `data.train` and compare, for each token, the log-probabilities of "
-        "student, teacher, reference-only teacher and target. Write a page and its data to `<output>/diagnosis`. "
+        description="Generate responses to rows of `data.train` and compare the log-probabilities of student, teacher, "
+        "reference-only teacher and target for each token. Write a page and its data to `<output>/diagnosis`. "
         "With --views, score views of the reference before training instead (settings `diagnosis.views`), and write "
-        "to `<output>/views`. With --fp8, compare the emulated rounding errors of FP8 in the frozen passes with the "
-        "effect that is distilled, and write to `<output>/fp8`.",
+        "to `<output>/views`. With --fp8, compare the rounding errors of emulated FP8 in the frozen passes with the "
+        "distilled effect, and write to `<output>/fp8`.",
         epilog=example(
             "popsd diagnose conf/tiny.yaml --checkpoint runs/tiny/checkpoints/final diagnosis.rows=4",
             "popsd diagnose conf/tiny.yaml --views solution,answer,none data.train.columns.answer=answer",
@@ -50,13 +50,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--views",
         metavar="VIEW,VIEW",
         default=None,
-        help="score these views of the reference before training: solution, answer, other, none, or columns of the "
-        "rows",
+        help="score how much these views of the reference would teach, before training: solution, answer, other, none, "
+        "or columns of the rows",
     )
     parser.add_argument(
         "--fp8",
         action="store_true",
-        help="measure the effect of fp8.frozen on the target of the untrained model; needs no GPU",
+        help="measure how fp8.frozen would change the target of the untrained model; needs no GPU",
     )
     parser.set_defaults(run=run)
 
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> None:
         other = modes[1] if len(modes) > 1 else f"--checkpoint {args.checkpoint!r}"
         raise UserError(
             modes[0],
-            got=f"{other} beside it",
+            got=f"{other} in addition",
             need=f"the untrained model in student.source and no other mode: {_REASONS[modes[0]]}",
-            fix="omit one of them; `popsd export` makes a student.source of a checkpoint",
+            fix="omit one of them; `popsd export` converts a checkpoint to a student.source",
         )
     if args.views is not None:
         views = [view.strip() for view in args.views.split(",")]

@@ -15,18 +15,18 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check whether this machine meets the needs of a run, or find out why a run ended",
+        help="check whether this machine can execute a run, or find out why a run ended",
         description="Compare the installed packages with the declared ranges; check devices, NCCL and disk. With CONF, "
-        "check the settings and paths of that run on this machine. With --run, read the files that a run left and "
-        "print the probable causes of its end, with evidence. Exits with status 1 if a requirement is missing, or if "
-        "the run ended without finishing.",
+        "check the settings and paths of that run on this machine. With --run, read the files of a run and print why "
+        "it probably ended, with evidence. Exits with status 1 if a requirement is missing, or if the run ended "
+        "without finishing.",
         epilog=example(
             "popsd doctor --imports", "popsd doctor conf/tiny.yaml --free-gib 10", "popsd doctor --run runs/tiny"
         ),
     )
     parser.add_argument("config", metavar="CONF", type=path_argument, nargs="?", help="configuration file of a run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
-    parser.add_argument("--evaluate", action="store_true", help="CONF is for `popsd evaluate`, not for `popsd train`")
+    parser.add_argument("--evaluate", action="store_true", help="check CONF for `popsd evaluate` instead of `train`")
     parser.add_argument(
         "--checkpoint", metavar="PATH", type=path_argument, default=None, help="with --evaluate: the checkpoint"
     )
@@ -38,7 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="GIB",
         type=number(float, 0, 1e9),
         default=0.0,
-        help="disk space that must be free at `output`",
+        help="free disk space required at `output`",
     )
     parser.add_argument("--imports", action="store_true", help="also import every package; takes about a minute")
     parser.add_argument("--strict", action="store_true", help="treat a version outside its range as an error")
@@ -58,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=path_argument,
         action="append",
         default=[],
-        help="with --run: a log, or a folder of logs, that the run did not record",
+        help="with --run: a log file, or a folder of logs, that the run does not record",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -68,7 +68,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine and print; returns the exit status."""
+    """Examine, print, and return the exit status."""
     if args.output is not None:
         return _post_mortem(args)
     from nemo_popsd.doctor.examination import Question, examine

@@ -23,7 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="measure accuracy, epistemic markers and response length on problem sets, or compare evaluations",
         description="Generate responses to the problems of CONF (evaluation.sets, or data.validation) and report "
         "accuracy, epistemic markers and response length with confidence intervals. A repeated command generates only "
-        "missing samples.",
+        "the missing samples.",
         epilog=example(
             "popsd evaluate conf/tiny.yaml output=runs/scores",
             "popsd evaluate conf/tiny.yaml output=runs/scores --checkpoint runs/tiny/checkpoints/final",
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             "evaluate", got="--base without --compare", need="--compare DIR DIR --base NAME", fix="omit --base"
         )
     if args.config is None:
-        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="give one of them")
+        raise UserError("evaluate", got="no configuration", need="CONF, or --compare DIR DIR", fix="pass one of them")
     from nemo_popsd.config.consistency import check_evaluation_run
     from nemo_popsd.config.loading import load_config
 

@@ -18,8 +18,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "export",
         help="write a NeMo checkpoint as a Hugging Face directory",
         description="Write the NeMo checkpoint CHECKPOINT as a Hugging Face directory OUTPUT with merged adapters, or "
-        "only its adapters for PEFT, with a model card. An earlier export in OUTPUT is replaced; if OUTPUT contains "
-        "anything else, the command fails.",
+        "only its adapters for PEFT, with a model card. An earlier export in OUTPUT is replaced; any other existing "
+        "OUTPUT is refused.",
         epilog=example(
             "popsd export runs/tiny/checkpoints/final models/tiny",
             "popsd export --adapter runs/qwen3_8b/checkpoints/final models/adapter --base Qwen/Qwen3-8B",
@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--base",
         metavar="NAME",
         default=None,
-        help="Hub name, such as Qwen/Qwen3-8B, or path of the base; default: student.source",
+        help="name of the base on the Hub, such as Qwen/Qwen3-8B, or its path; default: student.source",
     )
     parser.add_argument(
         "--evaluation",
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             "export",
             got="--base-evaluation without --evaluation",
             need="evaluations of both models",
-            fix="give --evaluation DIR, too",
+            fix="also pass --evaluation DIR",
         )
     load = _load_adapter_export if args.adapter else _load_export
     options = CardOptions(base=args.base, evaluation=args.evaluation, base_evaluation=args.base_evaluation)

@@ -1,4 +1,4 @@
-"""Recognises communication errors that are caused by the loss of another rank."""
+"""Detection of communication errors that are caused by the loss of another rank."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class LostPeerError(TransientError):
 
 
 def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostPeerError | None:
-    """The error to raise in place of `error`, if `error` shows that another rank has ended or does not answer.
+    """Return the error to raise instead of `error` if it shows that another rank has ended or does not respond.
 
     Args:
-        error: raised on this rank.
+        error: error raised on this rank.
         command: name of the command, e.g. `train`.
-        config: configuration of the run; anything but a `PopsdConfig` is ignored.
+        config: configuration of the run; any object other than a `PopsdConfig` is ignored.
 
     Returns:
         None for any other error, which keeps its traceback.
@@ -46,27 +46,27 @@ def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostP
         limit = f"training.collective_timeout={seconds:g} s" if seconds and command != "evaluate" else "its time limit"
         return LostPeerError(
             f"collective on {who}",
-            got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs longer",
-            fix=f"see what the other ranks do; {START_AGAIN}; set training.collective_timeout higher if they only "
-            "need longer",
+            got=f"it waited longer than {limit} for another rank, which hangs, is stopped or needs more time",
+            fix=f"check what the other ranks do; {START_AGAIN}; set training.collective_timeout higher if they only "
+            "need more time",
             advice=advice,
         )
     return LostPeerError(
         f"collective on {who}",
         got="another rank has ended, or the connection to it is lost",
-        fix=f"see the output of the rank that ended first; {START_AGAIN}",
+        fix=f"read the output of the rank that ended first; {START_AGAIN}",
         advice=advice,
     )
 
 
 def _flight_recorder(text: str, config: object) -> list[str]:
-    """Location of the last collectives of each rank, from NCCL's Flight Recorder, and the command to read them."""
+    """Describe where NCCL's Flight Recorder writes the last collectives of each rank, and how to read them."""
     output = getattr(config, "output", None)
     if "NCCL" not in text or not isinstance(output, str):
         return []
     folder = Path(output) / FOLDER
     return [
-        f"the last collectives of each rank are in {folder}/{FLIGHT_PREFIX}*; which rank is missing: "
+        f"the last collectives of each rank are in {folder}/{FLIGHT_PREFIX}*; to find the missing rank, run: "
         f"torchfrtrace --prefix {FLIGHT_PREFIX} {folder}"
     ]
 
@@ -74,7 +74,7 @@ def _flight_recorder(text: str, config: object) -> list[str]:
 def _is_of_communication(error: BaseException, text: str) -> bool:
     """Whether a communication library raised `error` because of another rank.
 
-    Torch has classes for some of these errors (DistNetworkError, ...); gloo raises plain RuntimeError.
+    Torch has exception classes for some of these errors (DistNetworkError, ...); gloo raises plain RuntimeError.
     """
     is_dist_error = any(cls.__name__ == "DistError" for cls in type(error).__mro__)
     if not is_dist_error and not (isinstance(error, RuntimeError) and _LIBRARIES.search(text)):

@@ -20,8 +20,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "init",
         help="list the recipes, or write one as a configuration file",
         description="Without arguments, list the recipes of this package. With RECIPE, write DIR/RECIPE.yaml: the "
-        "recipe with its comments and your values. Relative paths in a configuration refer to the directory in which "
-        "popsd is started; existing paths given here are written as absolute paths.",
+        "recipe with its comments and with your values. Relative paths in a configuration are relative to the "
+        "directory in which popsd is started; existing paths among your values are written as absolute paths.",
         epilog=example(
             "popsd init",
             "popsd init tiny",
@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the recipes, or write one and report which of its paths exist."""
+    """List the recipes, or write one and print which of its paths exist."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.config.recipes import purpose, recipe_names, write_recipe
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _inputs(config: PopsdConfig) -> str:
-    """One line per path that the run reads, stating whether it exists."""
+    """Format one line for each input path of the run: found or not found."""
     from nemo_popsd.config.loading import by_key
     from nemo_popsd.config.recipes import READ_PATHS
     from nemo_popsd.data.models import model_path

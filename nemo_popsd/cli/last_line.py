@@ -1,7 +1,7 @@
-"""Under torchrun, repeats an error after torchrun's own report, so that it is the last line of the output.
+"""Repeats an error after torchrun's own report, so that it is the last line of the output.
 
-torchrun prints a traceback and a table after its ranks have ended. A small process that outlives the rank waits until
-torchrun ends and prints the line.
+torchrun prints a traceback and a table after its ranks have ended. A small process outlives the rank, waits for the end
+of torchrun, and prints the line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 _SECONDS = 120
-"""Seconds to wait for torchrun. If torchrun restarts its ranks within this time, the line is not printed."""
+"""How long the process waits for torchrun. If torchrun restarts its ranks instead of ending, nothing is printed."""
 
 _WAITS = f"""
 import os, select, sys
@@ -26,7 +26,7 @@ if ended:
 
 
 def print_after_torchrun(message: str) -> None:
-    """Prints `message` to standard error once this process's parent has ended, if that is torchrun."""
+    """Print `message` to standard error after the parent process has ended, if the parent is torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     with contextlib.suppress(OSError):
@@ -34,5 +34,5 @@ def print_after_torchrun(message: str) -> None:
             [sys.executable, "-I", "-S", "-c", _WAITS, str(os.getppid()), message],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # torchrun ends the sessions of its ranks
+            start_new_session=True,  # torchrun kills the sessions of its ranks
         )

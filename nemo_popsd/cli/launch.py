@@ -1,4 +1,4 @@
-"""Runs a command after its arguments have been checked; torch, Megatron and NeMo are imported only here."""
+"""Running a command after its arguments have been checked. Torch, Megatron and NeMo are imported only here."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ P = ParamSpec("P")
 
 
 def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kwargs: P.kwargs) -> int:
-    """Imports a command and calls it with `args` and `kwargs`, with the console set up for the package's messages.
+    """Import a command and call it with `args` and `kwargs`, with the console set up for the package's messages.
 
-    A traceback is recorded for torchrun. When all ranks have ended, torchrun prints that of the first rank that failed.
+    A traceback is recorded for torchrun, which prints the one of the rank that failed first after all ranks have ended.
 
     Args:
-        load: imports the command and returns it. It is called after the console is set up, since libraries print at
+        load: imports the command and returns it. It is called after the console is set up, because libraries print at
             import.
         args: arguments of the command.
         kwargs: keyword arguments of the command.
@@ -31,7 +31,7 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
         The exit status.
 
     Raises:
-        UserError, TransientError: raised by the command, or replacing a library's error after a peer or a file system
+        UserError, TransientError: raised by the command, or instead of a library's error if a peer or a file system
             failed.
     """
     from nemo_popsd.observability.console import set_up_console
@@ -49,7 +49,7 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
-            raise  # nobody reads what the command prints; `cli.boundary` ends it
+            raise  # the output has no reader; `cli.boundary` ends the command
         lost = as_lost_peer(error, command=command.__name__, config=args[0] if args else None)
         if lost is not None:
             raise lost from error
@@ -63,8 +63,10 @@ def run_command(load: Callable[[], Callable[P, int | None]], *args: P.args, **kw
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Context without garbage collection, for the imports of a new process. Collections would repeatedly visit a
-    million objects, which takes a sixth of the time. The objects are permanent, so later collections skip them as well.
+    """Disable garbage collection during the imports of a new process.
+
+    Repeated collections over about a million objects would take a sixth of the import time. The imported objects are
+    frozen, so later collections also skip them.
     """
     if "torch" in sys.modules:  # a process that runs several commands
         yield
@@ -78,6 +80,6 @@ def _without_collections() -> Iterator[None]:
 
 
 def _connected() -> bool:
-    """Whether the process group exists already, as in a process that runs several commands."""
+    """Whether the process group already exists, as in a process that runs several commands."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()

@@ -57,21 +57,21 @@ TRANSIENT = 1
 """Exit status for an error that a restart may fix; also Python's status for an uncaught exception."""
 
 _GRACE_SECONDS = 3.0
-"""Seconds that other ranks wait for rank 0 to print the error and for torchrun to end them, before they print it."""
+"""How long other ranks wait, for rank 0 to print the error and torchrun to end them, before they print it."""
 _KEPT_AT_CTRL_C = {
     "evaluate": "; the samples on disk are kept, and the same command generates the rest",
-    "diagnose": "; nothing was written, except complete answers of --views, which the same command uses",
-    "convert": "; OUT is complete or absent: the same command starts again",
-    "export": "; OUTPUT is as before, or complete",
+    "diagnose": "; nothing was written except complete answers of --views, which the same command reuses",
+    "convert": "; OUT is complete or absent, and the same command starts again",
+    "export": "; OUTPUT is unchanged or complete",
 }
-"""Effect of Ctrl-C by command. `train` has its own handlers: it saves, or reports that no step was in progress."""
+"""State of the output after Ctrl-C, by command. `train` has its own handlers: it saves, or reports that no step was in
+progress."""
 _EFFECT_SECONDS = 2.0
-"""Added to the time of an error that another rank caused, because torchrun reports the earliest error, in whole
-seconds."""
+"""Added to the time of an error that another rank caused, because torchrun reports the earliest error (in seconds)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `popsd` and all its sub-commands."""
+    """Build the parser of `popsd` and all its sub-commands."""
     parser = Parser(
         prog="popsd",
         description="Purified On-Policy Self-Distillation on NVIDIA NeMo and Megatron-core.",
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @quiet_when_output_closes
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `popsd`; returns the exit status. Exceptions other than those of `nemo_popsd.errors` escape."""
+    """Run `popsd` and return the exit status. Exceptions that are not from `nemo_popsd.errors` propagate."""
     args = parse(argv)
     try:
         with missing_packages_named():
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_hanging_trackers(status: int) -> None:
-    """If a tracker hangs, ends the process without the exit handlers of libraries, which would wait for it."""
+    """End the process without the exit handlers of libraries if a tracker hangs, because they would wait for it."""
     trackers = sys.modules.get("nemo_popsd.observability.trackers")
     if trackers is not None and trackers.any_hangs():
         sys.stdout.flush()
@@ -135,8 +135,8 @@ def _leave_hanging_trackers(status: int) -> None:
 def _report(error: UserError | TransientError) -> None:
     """Print `error` once for all ranks that raised it.
 
-    Rank 0 prints at once and ends, and torchrun ends the others. A rank that is still running after the grace period is
-    the only one with the error, and prints it.
+    Rank 0 prints immediately and exits, and torchrun ends the others. A rank that is still running after the grace
+    period was the only one with the error, so it prints it.
     """
     rank = launcher.rank()
     message = "popsd: error: " + " ".join(str(error).splitlines()) + (f" (rank {rank})" if rank else "")
@@ -148,7 +148,7 @@ def _report(error: UserError | TransientError) -> None:
 
 
 def _leave_for_torchrun(message: str, moment: float) -> None:
-    """Writes `message` to the file from which torchrun reads the reason of a failure; torchrun reports the earliest.
+    """Write `message` to torchrun's error file; torchrun reports the earliest message of all ranks.
 
     The message is printed again after torchrun's report.
     """

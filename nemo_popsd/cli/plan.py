@@ -14,8 +14,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "plan",
         help="estimate memory, FLOPs, traffic and time of a run before it is queued",
         description="Estimate one step of CONF on N nodes by formula (docs/planning.md): memory, FLOPs, bytes sent and "
-        "seconds per GPU. A layout that does not fit is refused, and the nearest layouts that fit are listed. Needs no "
-        "GPU, no weights and no data.",
+        "seconds per GPU. A layout that does not fit is refused, with the nearest layouts that fit. Needs no GPU, no "
+        "weights and no data.",
         epilog=example(
             "popsd plan conf/qwen3_8b.yaml nodes=1",
             "popsd plan conf/qwen3_8b.yaml nodes=1,2,4 workload.response_tokens=800 --fastest",
@@ -37,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--fastest", action="store_true", help="use the layout with the shortest estimated step")
     parser.add_argument(
-        "--explain", action="store_true", help="also show memory and step time with one setting changed at a time"
+        "--explain", action="store_true", help="add memory and seconds per step for changes of one setting at a time"
     )
     parser.add_argument(
         "--sharing",
@@ -52,9 +52,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--failures",
         action="store_true",
-        help="estimate the goodput with node failures (simulation.*) and the best interval between saves",
+        help="estimate goodput with node failures (simulation.*), and how often to save",
     )
-    parser.add_argument("--evaluation", action="store_true", help="estimate one evaluation instead of a step")
+    parser.add_argument("--evaluation", action="store_true", help="estimate the time of one evaluation, not of a step")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
     parser.set_defaults(run=run)
 

@@ -14,10 +14,10 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the sub-command to `subparsers`."""
     parser = subparsers.add_parser(
         "rehearse",
-        help="run the step of one rank at the real sizes of a run, without peers, weights or a GPU",
-        description="Run one step of CONF as one rank of N nodes: the code of the run, with tensors that have shapes "
-        "but no storage, and collectives that return at once. Memory, operations and collectives are measured and "
-        "compared with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
+        help="execute one rank's step at the run's real sizes, without peers, weights or a GPU",
+        description="Execute one step of CONF as one rank of N nodes with the code of the run. Tensors have shapes but "
+        "no memory, and collectives return immediately. Memory, operations and collectives are measured and compared "
+        "with `popsd plan` (docs/planning.md). Needs no GPU, no weights and no data.",
         epilog=example(
             "popsd rehearse conf/qwen3_8b.yaml student.source=Qwen3-8B nodes=4 parallel.tensor=2 --ranks 0,last",
             "popsd rehearse conf/qwen3_30b_a3b.yaml student.source=Qwen3-30B-A3B nodes=2 --all-kinds",
@@ -36,8 +36,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ranks",
         default="",
-        help="ranks, such as 0,17,last; default: one rank of the first, an inner and the last stage, each with the "
-        "first and the last group of experts",
+        help="ranks, as in 0,17,last; default: the first, an inner and the last stage, and the first and the last "
+        "group of experts",
     )
     parser.add_argument(
         "--all-kinds",

@@ -15,8 +15,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "report",
         help="write one page about one or several runs",
         description="Write one self-contained HTML page about the training runs in the directories RUN: whether "
-        "accuracy changed, whether the model kept thinking, what the target promoted. Several runs are compared; "
-        "for runs that differ only in their seed, means and intervals are printed as well.",
+        "accuracy changed, whether the model kept thinking, and what the target promoted. Several runs are compared; "
+        "for runs that differ only in their seed, means and intervals are also printed.",
         epilog=example("popsd report runs/a runs/b --output report.html"),
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="output directory of a training run")
@@ -25,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         type=path_argument,
         default=None,
-        help="page to write, or to replace if it is an earlier one; default: report.html in the first RUN",
+        help="page to write; an earlier page is replaced; default: report.html in the first RUN",
     )
     parser.set_defaults(run=run)
 

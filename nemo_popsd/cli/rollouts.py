@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "rollouts",
         help="show the rollouts that a run was trained on",
-        description="Show the rollouts that a run has written to disk (rollout.save).",
+        description="Show the rollouts that a run has saved (rollout.save).",
         epilog=example("popsd rollouts show runs/tiny --step 2"),
     )
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             f"rollouts of {args.output}",
             got=f"no step {args.step}, but {_ranges(steps)}" if steps else f"nothing in {store.folder}",
             need="the output of a run with rollout.save=true",
-            fix="give another RUN or --step",
+            fix="pass another RUN or --step",
         )
     if args.step is None and args.row is None and not args.json:
         for step in steps:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
                 _print_rollout(step, name, row, decode)
     if not printed:
         raise UserError(
-            f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="give another --row"
+            f"rollouts of {args.output}", got=f"no row {args.row!r}", need="the id of a row", fix="pass another --row"
         )
 
 
@@ -115,7 +115,7 @@ def _print_rollout(step: int, name: str, row: StoredRollout, decode: Callable[[l
 
 
 def _decoder(run: Path) -> Callable[[list[int]], str] | None:
-    """Decodes token ids with the tokenizer of the run's newest checkpoint, or of its source if there is none yet."""
+    """Return a decoder with the tokenizer of the run's newest checkpoint, or of its source if there is none."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.data.models import model_path
     from nemo_popsd.data.tokenizer import load_tokenizer

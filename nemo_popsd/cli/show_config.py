@@ -13,7 +13,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "config",
         help="print the resolved configuration, or explain settings",
-        description="Print CONF as YAML with overrides and all defaults; with --describe, print the meaning, type, "
+        description="Print CONF as YAML, with overrides and all defaults. With --describe, print the meaning, type, "
         "default and bounds of a setting.",
         epilog=example("popsd config conf/tiny.yaml training.steps=4", "popsd config --describe distillation.target"),
     )
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from nemo_popsd.config.loading import load_config, to_dict_config
 
     if args.config is None and args.describe is None:
-        raise UserError("config", got="no configuration", need="CONF, or --describe KEY", fix="give one of them")
+        raise UserError("config", got="no configuration", need="CONF, or --describe KEY", fix="pass one of them")
     config = None if args.config is None else load_config(args.config, args.overrides)
     if args.describe is not None:
         from nemo_popsd.config.description import describe

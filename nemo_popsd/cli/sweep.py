@@ -1,7 +1,7 @@
-"""`popsd train CONF --seeds 1,2,3 --grid key=a,b`: the runs of a sweep, one process after the other.
+"""`popsd train CONF --seeds 1,2,3 --grid key=a,b`: the runs of a sweep, sequentially, each in its own process.
 
-Each run has its own output below that of the configuration, so the same command continues a sweep: finished runs are
-not changed.
+Each run has its own output below the output of the configuration, so the same command continues a sweep and skips
+finished runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 from nemo_popsd.errors import SAVED_AND_STOPPED, UserError
 
 MOST_RUNS = 200
-"""Maximum number of runs in a sweep."""
+"""Maximum number of runs in one sweep."""
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -30,20 +30,20 @@ class Run:
     """One run of a sweep."""
 
     label: str
-    """Output of the run below that of the sweep, e.g. ``lr_1e-5/seed_2``."""
+    """Output relative to that of the sweep, e.g. ``lr_1e-5/seed_2``."""
     overrides: list[str]
-    """Overrides of the run in addition to those of the sweep."""
+    """Overrides of this run, in addition to those of the sweep."""
 
 
 def runs_of(seeds: Sequence[int], grid: Sequence[str]) -> list[Run]:
-    """The runs: every combination of the grid, with every seed.
+    """Return the runs: every combination of the grid, with every seed.
 
     Args:
-        seeds: values of `seed`; if empty, that of the configuration is used.
-        grid: ``key=value,value``; commas within brackets belong to a value.
+        seeds: values of `seed`; an empty sequence keeps that of the configuration.
+        grid: entries ``key=value,value``; commas inside brackets belong to a value.
 
     Raises:
-        UserError: an entry has no key or value, a key or value comes twice, or there are too many runs.
+        UserError: an entry has no key or value, a key or value is repeated, or there are too many runs.
     """
     axes = [_axis(entry) for entry in grid]
     if seeds:
@@ -74,7 +74,7 @@ def runs_of(seeds: Sequence[int], grid: Sequence[str]) -> list[Run]:
 
 
 def train_in_sequence(conf: str, overrides: Sequence[str], runs: Sequence[Run], *, output: str, name: str) -> int:
-    """Trains all runs, each in its own process, and writes a report about them.
+    """Train all runs, each in its own process, and write a report about them.
 
     If a run fails, the next one is still trained. If a signal stops a run, the run saves and the sweep ends.
 
@@ -82,8 +82,8 @@ def train_in_sequence(conf: str, overrides: Sequence[str], runs: Sequence[Run], 
         conf: configuration file.
         overrides: overrides of all runs.
         runs: runs to train.
-        output: directory that contains the outputs of all runs.
-        name: name of the sweep; the name of each run is this name with its label.
+        output: parent directory of the outputs of the runs.
+        name: name of the sweep; the name of a run appends its label.
 
     Returns:
         0, `SAVED_AND_STOPPED`, or the exit status of the first run that failed.
@@ -113,7 +113,7 @@ def train_in_sequence(conf: str, overrides: Sequence[str], runs: Sequence[Run], 
 
 
 def own_overrides(run: Run, *, output: str, name: str) -> list[str]:
-    """All overrides of one run, including its output and name."""
+    """Return all overrides of one run, including its output and name."""
     return [*run.overrides, f"output={output}/{run.label}", f"name={name}-{run.label.replace('/', '-')}"]
 
 
@@ -125,30 +125,30 @@ def _axis(entry: str) -> tuple[str, list[str]]:
             "sweep", got=f"--grid {entry}", need="key=value,value, as in optimizer.lr=1e-5,3e-5", fix="correct it"
         )
     if key in ("output", "name", "overwrite"):
-        raise UserError("sweep", got=f"--grid {entry}", need="a setting of the runs", fix=f"set {key} once for all")
+        raise UserError("sweep", got=f"--grid {entry}", need="a setting of the runs", fix=f"set {key} as an override")
     return key.strip(), [value.strip() for value in values]
 
 
 def _label(key: str, value: str) -> str:
-    """A name for a directory, e.g. ``lr_1e-5`` for ``optimizer.lr=1e-5``."""
+    """Return a directory name, e.g. ``lr_1e-5`` for ``optimizer.lr=1e-5``."""
     return re.sub(r"[^\w.+-]+", "-", f"{key.rpartition('.')[2]}_{value}").strip("-")
 
 
 def _run_in_process(words: Sequence[str]) -> int:
-    """The exit status of ``popsd *words``."""
+    """Run ``popsd *words`` and return its exit status."""
     with subprocess.Popen([sys.executable, "-m", "nemo_popsd", *words]) as process, _signals_go_to(process):
         return process.wait()
 
 
 @contextmanager
 def _signals_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Forwards signals of the batch system to `process`; signals of the terminal reach it directly."""
+    """Forward the signals of the batch system to `process`; signals of the terminal reach it directly."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
     def leave_to_the_run(number: int, frame: FrameType | None) -> None:
-        """Ignores the signal, which the run also receives and handles."""
+        """Do nothing: the run also receives the signal and handles it."""
 
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, leave_to_the_run)

@@ -33,14 +33,14 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N,N",
         type=_seeds,
         default=[],
-        help="train one run per seed, one after the other, in OUTPUT/seed_N, and report means over them",
+        help="train one run per seed, sequentially, in OUTPUT/seed_N, and report means over the seeds",
     )
     parser.add_argument(
         "--grid",
         metavar="key=a,b",
         action="append",
         default=[],
-        help="train one run per value; several --grid and --seeds are combined",
+        help="train one run per value; several --grid options and --seeds are combined",
     )
     parser.set_defaults(run=run)
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    """Check the configurations of all runs before the first starts."""
+    """Check the configurations of all runs, then train them."""
     from nemo_popsd.cli.sweep import own_overrides, runs_of, train_in_sequence
     from nemo_popsd.config.consistency import check_training_run
     from nemo_popsd.config.loading import load_config
@@ -72,8 +72,8 @@ def _sweep(args: argparse.Namespace) -> int:
         raise UserError(
             "sweep",
             got=f"--seeds or --grid on {read_launch().world_size} ranks",
-            need="a single process, which starts the runs one after the other",
-            fix="start torchrun for each run, or submit slurm/sweep.sh",
+            need="a single process, which starts the runs sequentially",
+            fix="start each run with torchrun, or submit slurm/sweep.sh",
         )
     config, runs = load_config(args.config, args.overrides), runs_of(args.seeds, args.grid)
     for one in runs:
@@ -101,7 +101,7 @@ def _train(args: argparse.Namespace) -> int:
             if launch.rank == 0:
                 print(
                     f"{config.output} is finished after {steps} steps; a larger training.steps continues it, "
-                    "overwrite=true trains it again from step 1, another output starts another run"
+                    "overwrite=true trains it again from step 1, and another output starts a new run"
                 )
             return 0
     if launch.rank != 0:

@@ -1,1 +1,1 @@
-"""The commands of `popsd`, after their arguments and the configuration have been checked."""
+"""The work of each `popsd` command, after arguments and configuration have been checked."""

@@ -1,4 +1,4 @@
-"""The model card of an export, from its checkpoint and the evaluations of its run or those that the user names."""
+"""The model card of an export, from its checkpoint and from the evaluations of its run or of the user."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger(__name__)
 def card_of(
     checkpoint: NemoCheckpoint, output: Path, *, run: Path | None, adapter: bool, options: CardOptions | None = None
 ) -> str | None:
-    """The card of `checkpoint`, exported to `output`; None for a model that was converted and not trained.
+    """Return the card of `checkpoint`, exported to `output`; None for a model that was converted but not trained.
 
     Args:
-        checkpoint: open.
+        checkpoint: open checkpoint.
         output: directory of the export; names the model, unless it is `huggingface` in a run.
-        run: output of the run, for the scores of its validation; None if it is unknown.
-        adapter: whether the adapters alone are exported.
-        options: of the user.
+        run: output of the run, for its validation scores; None if it is unknown.
+        adapter: whether only the adapters are exported.
+        options: options of the user.
 
     Raises:
-        UserError: a directory of evaluations that the user names cannot be read, or has other problems than the base's.
+        UserError: an evaluation directory of the user cannot be read, or its problems differ from those of the base.
     """
     if checkpoint.step == 0:
         return None
@@ -48,7 +48,7 @@ def card_of(
 
 
 def run_of(checkpoint: str) -> Path | None:
-    """The output of the run that has this checkpoint; None if it lies elsewhere."""
+    """Return the output of the run that contains this checkpoint; None if it is not in a run."""
     output = Path(checkpoint).absolute().parent.parent
     mark = read_mark(output)
     return output if mark is not None and mark.kind == RUN else None

@@ -22,12 +22,12 @@ from nemo_popsd.parallel.distributed import initialize, shutdown, world_size
 
 
 def hf_to_nemo(source: str, output: str, *, precision: str | None, verifies: bool, trust_remote_code: bool) -> None:
-    """Converts a Hugging Face directory into a NeMo checkpoint. Rank 0 converts, all ranks verify.
+    """Convert a Hugging Face directory into a NeMo checkpoint. Rank 0 converts, all ranks verify.
 
     Args:
-        source: directory.
+        source: Hugging Face directory.
         output: directory, or a file name ending in `.nemo`.
-        precision: of the checkpoint; None keeps that of the files.
+        precision: precision of the checkpoint; None keeps that of the files.
         verifies: compare source and output afterwards.
         trust_remote_code: run Python files in `source` if transformers needs them.
     """
@@ -51,15 +51,16 @@ def nemo_to_hf(
     verifies: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Converts a NeMo checkpoint into a Hugging Face directory, adapters merged, with the model card of `popsd export`.
+    """Convert a NeMo checkpoint into a Hugging Face directory with merged adapters and the card of `popsd export`.
+
     Rank 0 converts, all ranks verify.
 
     Args:
         source: directory or `.nemo` file.
-        output: directory.
-        precision: of the files; None keeps that of the checkpoint.
+        output: directory to write.
+        precision: precision of the files; None keeps that of the checkpoint.
         verifies: compare source and output afterwards.
-        shard_bytes: size at which a new file is started.
+        shard_bytes: size at which a new file starts.
         trust_remote_code: run Python files in `source` if transformers needs them.
     """
     initialize(ParallelConfig(tensor=world_size()), seed=0)
@@ -78,7 +79,7 @@ def nemo_to_hf(
 
 
 def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_code: bool, *, written: Path) -> None:
-    """Compares source and output; the output is renamed if they differ."""
+    """Compare source and output, and rename the output if they differ."""
     try:
         with _bar("comparing", len(model.tensor_names)) as step:
             result = verify(model, open_source(nemo), precision, trust_remote_code=trust_remote_code, compared=step)
@@ -86,7 +87,7 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
         names = (written.with_name(f"{written.name}.refused{suffix}") for suffix in ("", *range(2, 1000)))
         refused = next(path for path in names if not os.path.lexists(path))
         if dist.is_initialized():
-            dist.barrier()  # all ranks have chosen the name before it exists
+            dist.barrier()  # all ranks choose the name before the file exists
         if is_rank_zero():
             written.rename(refused)
         fix = f"{error.fix}; the output was renamed to {refused}"
@@ -101,7 +102,7 @@ def _verify(model: HuggingFaceModel, nemo: str, precision: str, trust_remote_cod
 
 @contextmanager
 def _bar(what: str, tensors: int) -> Iterator[Callable[[], object]]:
-    """A progress bar over `tensors` on the terminal of rank 0; yields the function to call after each."""
+    """Show a progress bar over `tensors` on rank 0; yields the function to call after each tensor."""
     with tqdm(total=tensors, desc=what, unit=" tensors", disable=not is_rank_zero()) as bar:
         yield bar.update
 

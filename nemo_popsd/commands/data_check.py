@@ -1,7 +1,7 @@
-"""`popsd data check`: the rows of a configuration as the branches see them, their lengths, and what is wrong with them.
+"""`popsd data check`: the rows of a configuration as the branches see them, their lengths, and their problems.
 
-Reads rows and tokenizer only; no weights. Rows are read as a training reads them, so whatever a training refuses is
-refused here.
+Reads only rows and tokenizer, no weights. Rows are read as in training, so everything that training refuses is refused
+here.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEASURED = 1000
-"""Rows whose contexts are tokenised for the table of lengths, evenly spaced; the limits apply to all rows."""
+"""Maximum number of rows, evenly spaced, tokenised for the table of lengths. The limits apply to all rows."""
 LONGEST_ANSWER = 200
-"""Characters of the longest final answer; a longer one is a solution."""
+"""Maximum length of a final answer in characters; a longer text is a solution."""
 _HEAD, _TAIL = 900, 500
-"""Characters of the beginning and of the end of a shown text."""
+"""Characters shown from the beginning and from the end of a long text."""
 _NAMED = 3
-"""Rows that a finding names."""
+"""Maximum number of rows named in a finding."""
 
 
 @dataclass
 class DataCheck:
-    """The text of a check, and what is wrong."""
+    """The result of a check."""
 
     lines: list[str] = field(default_factory=list)
-    """The text, line by line."""
+    """Text of the check, line by line."""
     wrong: list[str] = field(default_factory=list)
-    """Problems that must be fixed, with the fix."""
+    """Problems that must be fixed, each with its fix."""
     notes: list[str] = field(default_factory=list)
-    """Notes for the user."""
+    """Information that requires no change."""
 
     def __str__(self) -> str:
         notes = [f"note: {text}" for text in self.notes]
@@ -69,15 +69,15 @@ class _Model:
 
 
 def check_data(config: PopsdConfig, *, shown: int = 3, full: bool = False) -> DataCheck:
-    """Checks `data.train`, `data.validation` and `evaluation.sets`, as far as they are set.
+    """Check `data.train`, `data.validation` and `evaluation.sets`, if they are set.
 
     Args:
-        config: the run; of `student.source` only tokenizer and ``config.json`` are read.
-        shown: rows of each set that are shown as text.
-        full: show whole texts; otherwise only beginning and end of long ones.
+        config: configuration of the run; from `student.source` only tokenizer and ``config.json`` are read.
+        shown: number of rows of each set to show as text.
+        full: show complete texts; otherwise only beginning and end of long texts.
 
     Raises:
-        UserError: no data is configured, or the tokenizer cannot be loaded. Defects of the rows are in the result.
+        UserError: no data is configured, or the tokenizer cannot be loaded. Defects of rows are part of the result.
     """
     data, check = config.data, DataCheck()
     sets = sources_of(config.evaluation, data) if config.evaluation.sets or data.validation.path else {}
@@ -102,7 +102,7 @@ def check_data(config: PopsdConfig, *, shown: int = 3, full: bool = False) -> Da
         if trained is not None and (leaks := trained.shared_with(questions)):
             pairs = (f"row {row} of {setting} is row {other} of data.train" for other, row in leaks[:_NAMED])
             check.wrong.append(
-                f"{len(leaks):,} questions of {setting} are trained on ({_listed(pairs, len(leaks))}); "
+                f"{len(leaks):,} questions of {setting} are also in data.train ({_listed(pairs, len(leaks))}); "
                 "remove these rows from one of the two"
             )
     return check
@@ -170,8 +170,8 @@ def _check_evaluation(
     if repeated := questions.repetitions:
         rows = (f"row {one.row} that of {one.earlier}" for one in repeated[:_NAMED])
         check.wrong.append(
-            f"{len(repeated):,} rows of {setting} repeat a question ({_listed(rows, len(repeated))}), which counts it "
-            "more than once; remove them"
+            f"{len(repeated):,} rows of {setting} repeat a question ({_listed(rows, len(repeated))}), which then "
+            "counts more than once; remove them"
         )
     longest = max(len(prompt.prompt) for prompt in prompts) + config.evaluation.max_response_tokens
     _judge_positions(model, longest, "evaluation.max_response_tokens", check)
@@ -181,7 +181,7 @@ def _check_evaluation(
 def _judge_report(setting: str, report: DataReport, data: DataConfig, check: DataCheck) -> None:
     dropped = report.rows_read - report.rows_kept
     if dropped:
-        text = f"{dropped:,} of {report.rows_read:,} rows of {setting} are left out (counts above)"
+        text = f"{dropped:,} of {report.rows_read:,} rows of {setting} are dropped (counts above)"
         if 2 * dropped > report.rows_read:
             check.wrong.append(f"{text}; fix the rows, or set data.max_prompt_tokens or {setting}.columns")
         else:
@@ -189,7 +189,7 @@ def _judge_report(setting: str, report: DataReport, data: DataConfig, check: Dat
     if cut := report.references_truncated:
         text = f"{cut:,} of {report.rows_kept:,} references are truncated to {data.max_reference_tokens:,} tokens"
         if 2 * cut > report.rows_kept:
-            check.wrong.append(f"{text}; set data.max_reference_tokens higher: a solution's end has the answer")
+            check.wrong.append(f"{text}; set data.max_reference_tokens higher: the answer is at the end of a solution")
         else:
             check.notes.append(f"{text} (data.max_reference_tokens)")
     if report.template_ignores_thinking and not any("enable_thinking" in note for note in check.notes):
@@ -212,7 +212,7 @@ def _judge_answers(
         named = _listed((row for row, _ in zip(rows, range(_NAMED), strict=False)), len(long))
         check.wrong.append(
             f"{len(long):,} answers of {setting} have several lines or more than {LONGEST_ANSWER} characters "
-            f"({named}), which no response equals; set columns.answer to the final answer, or answer_pattern with "
+            f"({named}), so no response can match them; set columns.answer to the final answer, or answer_pattern with "
             "columns.answer=null"
         )
     elif kinds["text"]:
@@ -232,8 +232,8 @@ def _judge_by_checker(
         refused = [answer for answer in answers if not verifier.compare(answer, answer).correct]
     if refused:
         check.wrong.append(
-            f"evaluation.checker={evaluation.checker} does not accept {len(refused):,} answers of {setting} as their "
-            f"own ({_listed(map(repr, refused[:_NAMED]), len(refused))}); fix the checker or the answers"
+            f"evaluation.checker={evaluation.checker} rejects {len(refused):,} answers of {setting} compared with "
+            f"themselves ({_listed(map(repr, refused[:_NAMED]), len(refused))}); fix the checker or the answers"
         )
 
 
@@ -283,7 +283,7 @@ def _listed(texts: Iterable[str], total: int) -> str:
 
 
 def _read_model(source: str) -> _Model:
-    """Tokenizer and sizes of a Hugging Face directory, or of the one inside a NeMo checkpoint."""
+    """Read tokenizer and sizes from a Hugging Face directory, or from the one inside a NeMo checkpoint."""
     directory: Path = model_path(source)
     if not source or not directory.exists():
         raise missing_model(source, setting="student.source")

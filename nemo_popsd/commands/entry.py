@@ -43,19 +43,20 @@ from nemo_popsd.runtime.early_signals import before_leaving
 from nemo_popsd.runtime.random_state import preserved_random_state
 
 LONGEST_EVALUATION = timedelta(days=7)
-"""Time limit of collectives between replicas that generate, and wait for the one with the longest responses."""
+"""Time limit of collectives between replicas while they generate: they wait for the one with the longest responses."""
 
 
 def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
-    """Trains in `config.output`, from step 1 or from its newest complete checkpoint; evaluates before and after, and
-    writes a NeMo and a Hugging Face checkpoint.
+    """Train in `config.output`, from step 1 or from its newest complete checkpoint.
+
+    Evaluates before and after training, and writes a NeMo and a Hugging Face checkpoint.
 
     Args:
-        config: the run.
-        lock: of its output, on rank 0; without one, two runs in the same directory are not detected.
+        config: configuration of the run.
+        lock: lock of the output, on rank 0; without it, two runs in the same directory are not detected.
 
     Returns:
-        0, or `SAVED_AND_STOPPED` if a signal requested a stop; then the last completed step is saved.
+        0, or `SAVED_AND_STOPPED` if a signal requested a stop and the last completed step was saved.
     """
     with RankRecord(config.output, rank=rank(), ranks=world_size(), replaces=config.overwrite) as record:
         if lock is not None:
@@ -70,7 +71,7 @@ def train(config: PopsdConfig, *, lock: OutputLock | None = None) -> int:
 
 
 def _train_recorded(config: PopsdConfig, lock: OutputLock | None, record: RankRecord) -> int:
-    """The work of `train` while the attempt is recorded."""
+    """Do the work of `train` while the attempt is recorded."""
     run = RunDirectory(config)
     set_up_flight_recorder(config.output)
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
@@ -137,12 +138,13 @@ def _train(config: PopsdConfig, trainer: Trainer, model: PurifiedOPSDModel, run:
 
 
 def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
-    """Evaluates `student.source`, or `checkpoint`, on `evaluation.sets` or `data.validation`; samples and scores are
-    written to `<output>/evaluation/<name>/<set>`, see `nemo_popsd.evaluation.records`.
+    """Evaluate `student.source`, or `checkpoint`, on `evaluation.sets` or `data.validation`.
+
+    Samples and scores are written to `<output>/evaluation/<name>/<set>`, see `nemo_popsd.evaluation.records`.
     """
     name = checkpoint or config.student.source
     config, opened = _open(config, checkpoint)
-    # Replicas do not communicate while they generate; one that has finished waits for those with longer responses.
+    # Replicas do not communicate while they generate; a finished replica waits for those with longer responses.
     initialize(config.parallel, seed=config.seed, timeout=LONGEST_EVALUATION)
     without_rows = replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))
     model = PurifiedOPSDModel(to_dict_config(without_rows), checkpoint=opened)
@@ -164,8 +166,9 @@ def evaluate(config: PopsdConfig, checkpoint: str | None) -> None:
 
 
 def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
-    """Diagnoses `student.source`, or `checkpoint`, on rows of `data.train`; the page and its data are written to
-    `<output>/diagnosis/<name>`.
+    """Diagnose `student.source`, or `checkpoint`, on rows of `data.train`.
+
+    The page and its data are written to `<output>/diagnosis/<name>`.
     """
     name = checkpoint or config.student.source
     directory = Path(config.output) / "diagnosis" / as_file_name(name)
@@ -178,15 +181,15 @@ def diagnose(config: PopsdConfig, checkpoint: str | None) -> None:
 
 
 def export_adapter(checkpoint: str, output: str, *, options: CardOptions) -> None:
-    """Writes the LoRA adapters of a NeMo checkpoint as a directory for PEFT. Rank 0 does it.
+    """Write the LoRA adapters of a NeMo checkpoint as a directory for PEFT, on rank 0.
 
     Args:
-        checkpoint: of a run with LoRA.
+        checkpoint: checkpoint of a run with LoRA.
         output: directory to write.
-        options: of the model card, and of the reference to the base.
+        options: options of the model card, and the name of the base.
 
     Raises:
-        UserError: not a LoRA checkpoint, or `output` has files that this package did not write.
+        UserError: `checkpoint` is not a LoRA checkpoint, or `output` contains files that this package did not write.
     """
     if is_rank_zero():
         opened = NemoCheckpoint(checkpoint)
@@ -197,15 +200,15 @@ def export_adapter(checkpoint: str, output: str, *, options: CardOptions) -> Non
 
 
 def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
-    """Writes a NeMo checkpoint as a Hugging Face directory, adapters merged.
+    """Write a NeMo checkpoint as a Hugging Face directory, with merged adapters.
 
     Args:
-        checkpoint: of a run, or converted.
+        checkpoint: checkpoint of a run or of a conversion.
         output: directory to write.
-        options: of the model card.
+        options: options of the model card.
 
     Raises:
-        UserError: not a checkpoint, or `output` has files that this package did not write.
+        UserError: `checkpoint` is not a checkpoint, or `output` contains files that this package did not write.
     """
     opened = NemoCheckpoint(checkpoint)
     _refuse_as_output(output, checkpoint, opened)
@@ -219,13 +222,13 @@ def export(checkpoint: str, output: str, *, options: CardOptions) -> None:
 
 
 def _refuse_as_output(output: str, checkpoint: str, opened: NemoCheckpoint) -> None:
-    """Refuses an output that is, contains or is inside the checkpoint or the base."""
+    """Refuse an output that equals, contains or is inside the checkpoint or the base."""
     base = model_path(opened.config.student.source)
     refuse_overlap(Path(output), {"CHECKPOINT": checkpoint, "the base model": base}, setting="OUTPUT")
 
 
 def _open(config: PopsdConfig, checkpoint: str | None) -> tuple[PopsdConfig, NemoCheckpoint | None]:
-    """The checkpoint, if one is given, and `config` with the adaptation that the checkpoint was trained with."""
+    """Open the checkpoint, if any, and set the adaptation of `config` to that of the checkpoint."""
     if checkpoint is None:
         return config, None
     opened = NemoCheckpoint(checkpoint)
@@ -235,7 +238,7 @@ def _open(config: PopsdConfig, checkpoint: str | None) -> tuple[PopsdConfig, Nem
 
 
 def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
-    """Diagnoses before the first step of a run or after its last, unless that is turned off. Keeps the random state."""
+    """Diagnose before the first step or after the last, unless this is disabled. Preserves the random state."""
     if model.settings.diagnosis.in_training and not (name == BEFORE and model.completed_steps):
         title = f"{model.settings.name}, {name} training"
         with preserved_random_state():
@@ -243,8 +246,9 @@ def _diagnose_in_training(model: PurifiedOPSDModel, name: str) -> None:
 
 
 def _validate(trainer: Trainer, model: PurifiedOPSDModel, run: RunDirectory) -> None:
-    """Evaluates the current weights unless they have been evaluated, by this attempt or by an earlier one. Keeps the
-    random state, so that a run trains identically whether or not the evaluation exists already.
+    """Evaluate the current weights, unless this or an earlier attempt has evaluated them.
+
+    Preserves the random state, so that a run trains identically whether or not the evaluation already exists.
     """
     if not run.is_validated(model.completed_steps):
         with preserved_random_state():

@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 FILE = "fp8.json"
 _RECIPES = ("tensorwise", "blockwise")
-"""Those that frozen passes can use on every GPU with FP8."""
+"""Recipes that frozen passes can use on every GPU with FP8."""
 
 
 def diagnose_fp8(config: PopsdConfig) -> None:
-    """Compares the error of the target under emulated FP8 with the effect that is distilled, on rollouts of
-    `student.source`; the numbers are printed, and written to `<output>/fp8/<name>/fp8.json`.
+    """Compare the error of the target under emulated FP8 with the distilled effect, on rollouts of `student.source`.
 
-    The model is on local layers, without FP8 of its own, so that any machine gives the same answer.
+    The numbers are printed and written to `<output>/fp8/<name>/fp8.json`. The model uses local layers without FP8, so
+    the result does not depend on the machine.
     """
     directory = Path(config.output) / "fp8" / as_file_name(config.student.source)
     refuse_other_files(directory, (FILE,))

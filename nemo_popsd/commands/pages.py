@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 def write_diagnosis(diagnosis: Diagnosis, directory: Path) -> None:
-    """Writes the files of a diagnosis and its page, and prints the path of the page."""
+    """Write the files of a diagnosis and its page, and print the path of the page."""
     if is_rank_zero():
         diagnosis.write(directory)
         print(f"diagnosis: {write_diagnosis_page(directory)}", flush=True)
 
 
 def report_run(output: Path) -> None:
-    """Writes the report of the run in `output` and prints its path.
+    """Write the report of the run in `output` and print its path.
 
-    A failure here does not fail the run, which is complete: it is logged, with a traceback if it is a defect.
+    The run is already complete, so an error here is only logged, with a traceback if it is a defect.
     """
     if not is_rank_zero():
         return

@@ -1,4 +1,4 @@
-"""The output directory of a run: its files, and what a resumed run keeps of them.
+"""The output directory of a run: its files, and which of them a resumed run keeps.
 
 .nemo_popsd     marks the directory as that of a run
 config.yaml     resolved configuration of the last attempt
@@ -64,39 +64,39 @@ _FILES = (
     (flight_recorder.FOLDER, flight_recorder.FILES),
     (".", (jsonl_logger.FILE_NAME, DATA, "report.html", DONE, REQUEUE)),
 )
-"""What a run writes besides checkpoints and its export: directories in `output`, and names of files in them. With
-`overwrite` these files are removed and no others.
+"""Files that a run writes besides checkpoints and its export: directories in `output`, and names of files in them.
+`overwrite` removes only these files.
 """
 _SPACE = {"need": "a directory that can be written", "fix": "set output"}
 
 
 class RunDirectory:
-    """The files in `output`, which all ranks read and rank 0 writes. All ranks call its methods together."""
+    """The files in `output`; all ranks read them, and rank 0 writes them. All ranks call the methods together."""
 
     def __init__(self, config: PopsdConfig) -> None:
-        """Reads nothing yet."""
+        """Store the configuration, without reading files."""
         self._config = config
         self.output = Path(config.output)
         self._checkpoints = self.output / "checkpoints"
         self._hold: Hold | None = None
 
     def share_lock(self, lock: OutputLock | None) -> None:
-        """Gives all ranks the lock that rank 0 holds. Collective: one broadcast of an object."""
+        """Share the lock that rank 0 holds with all ranks. Collective: one broadcast of an object."""
         box = [None if lock is None else lock.hold]
         dist.broadcast_object_list(box, src=0)
         self._hold = box[0]
 
     @property
     def attempt(self) -> str:
-        """The token of the lock, the same on all ranks after `share_lock`; empty without a lock."""
+        """Token of the lock, equal on all ranks after `share_lock`; empty without a lock."""
         return "" if self._hold is None else self._hold.token
 
     def is_held(self) -> bool:
-        """Whether the output still belongs to this run; on any rank."""
+        """Whether the output still belongs to this run. May be called on any rank."""
         return self._hold is None or self._hold.is_held()
 
     def check_lock(self) -> None:
-        """Refuses to write into an output that belongs to another run; on any rank.
+        """Refuse to write into an output that belongs to another run. May be called on any rank.
 
         Raises:
             UserError, TransientError: see `nemo_popsd.files.output_lock.Hold.check`.
@@ -105,14 +105,14 @@ class RunDirectory:
             self._hold.check()
 
     def refuse_lost_lock(self) -> None:
-        """Calls `check_lock` on rank 0 and raises its error on all ranks. Collective: one gather of objects."""
+        """Call `check_lock` on rank 0 and raise its error on all ranks. Collective: one gather of objects."""
         self._on_rank_zero(lambda: None)
 
     def checkpoint(self) -> NemoCheckpoint | None:
-        """The newest complete checkpoint, verified against its manifest, to resume from; None starts at step 1.
+        """Return the newest complete checkpoint, verified against its manifest; None means to start at step 1.
 
-        Removes incomplete checkpoints. With `overwrite` it reads nothing. A damaged checkpoint that is not the newest
-        is named in a warning and kept.
+        Removes incomplete checkpoints. With `overwrite`, reads nothing. An older damaged checkpoint is kept, with a
+        warning.
 
         Raises:
             DamagedCheckpointError: the newest is damaged; the message explains how to resume from an earlier one.
@@ -136,30 +136,30 @@ class RunDirectory:
         return checkpoint
 
     def decided(self, checkpoint: NemoCheckpoint | None) -> PopsdConfig:
-        """The run's configuration with what `auto` decides, see `with_decisions`; `begin` records it.
+        """Return the configuration with resolved `auto` values, see `with_decisions`; `begin` records it.
 
         Args:
-            checkpoint: what the run resumes from; None for a new run.
+            checkpoint: checkpoint from which the run resumes; None for a new run.
         """
         self._config = with_decisions(self._config, None if checkpoint is None else checkpoint.config)
         return self._config
 
     def begin(self, completed: int) -> None:
-        """Prepares the directory for a run after step `completed`.
+        """Prepare the directory for a run after step `completed`.
 
-        Removes what an earlier attempt wrote for later steps; with `overwrite`, everything that a run wrote.
+        Removes the files of an earlier attempt for later steps; with `overwrite`, all files that a run wrote.
         """
         self._on_rank_zero(lambda: self._begin(completed))
 
     def record_data(self, report: DataReport) -> None:
-        """Records what was kept, truncated and dropped of the training rows, for the report."""
+        """Record how many training rows were kept, truncated and dropped, for the report."""
         self._on_rank_zero(lambda: write_text(self.output / DATA, json.dumps(report.as_dict()) + "\n"))
 
     def is_validated(self, completed: int) -> bool:
-        """Whether an attempt has finished the evaluation after step `completed`, on every rank. Collective: a gather
-        and a broadcast of objects.
+        """Whether an attempt has finished the evaluation after step `completed`; equal on all ranks.
 
-        Samples are scored before metrics are logged, so the former may be all that a killed attempt left.
+        Samples are scored before metrics are logged, so a killed attempt may leave scores without metrics. Collective:
+        a gather and a broadcast of objects.
         """
 
         def finished() -> bool:
@@ -169,11 +169,11 @@ class RunDirectory:
         return from_rank_zero(f"output {self.output}", finished, **_SPACE)
 
     def mark_finished(self, steps: int) -> None:
-        """Marks the run as finished: the same command then has nothing to do."""
+        """Mark the run as finished, so that the same command has nothing to do."""
         self._on_rank_zero(lambda: write_text(self.output / DONE, f"{steps}\n"))
 
     def mark_stopped(self, steps: int) -> None:
-        """Marks the run as stopped: the batch system may start it again."""
+        """Mark the run as stopped, so that the batch system may start it again."""
         self._on_rank_zero(lambda: write_text(self.output / REQUEUE, f"{steps}\n"))
 
     def _list_checkpoints(self) -> Checkpoints:
@@ -183,7 +183,7 @@ class RunDirectory:
         return Checkpoints.in_folder(self._checkpoints)
 
     def _verified(self, name: str) -> NemoCheckpoint:
-        """A checkpoint, opened and verified against its manifest. Collective: two gathers of objects.
+        """Open a checkpoint and verify it against its manifest. Collective: two gathers of objects.
 
         Raises:
             DamagedCheckpointError: on every rank.
@@ -197,7 +197,7 @@ class RunDirectory:
     def _with_fix(
         self, error: DamagedCheckpointError, damaged: str, checkpoints: Checkpoints
     ) -> DamagedCheckpointError:
-        """`error` with a fix that names the newest intact checkpoint: verifies them from the newest on. Collective."""
+        """Return `error` with a fix that names the newest intact checkpoint, found by verification. Collective."""
         path = self._checkpoints / damaged
         aside = path.with_name(f"{damaged}.damaged")
         fix = f"copy it again, or move {self._checkpoints} away to begin at step 1: no other checkpoint is intact"

@@ -1,4 +1,4 @@
-"""`popsd evaluate` with `evaluation.endpoint`: the model is on a server."""
+"""`popsd evaluate` with `evaluation.endpoint`: a server runs the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nemo_popsd.evaluation.served import evaluate_served
 
 
 def evaluate_endpoint(config: PopsdConfig) -> None:
-    """Generates the missing samples at the endpoint, scores all, and prints the tables."""
+    """Generate the missing samples at the endpoint, score all samples, and print the tables."""
     tables = evaluate_served(
         config.evaluation, config.data, source=config.student.source, output=config.output, seed=config.seed
     )

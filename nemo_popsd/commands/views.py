@@ -23,13 +23,14 @@ from nemo_popsd.report import views_text, write_views_page
 
 
 def score_views(config: PopsdConfig, views: Sequence[str]) -> None:
-    """Scores the configured target under each of `views` before training; the page and its data are written to
-    `<output>/views/<name>`, and the table is printed.
+    """Score the configured target under each of `views` before training, and print the table.
+
+    The page and its data are written to `<output>/views/<name>`.
     """
     directory = Path(config.output) / "views" / as_file_name(config.student.source)
     refuse_other_files(directory, (FILE,))
     require_math_verify()
-    # Replicas do not communicate while they generate; one that has finished waits for those with longer answers.
+    # Replicas do not communicate while they generate; a finished replica waits for those with longer answers.
     initialize(config.parallel, seed=config.seed, timeout=LONGEST_EVALUATION)
     model = PurifiedOPSDModel(to_dict_config(without_rows(config)))
     scores = score_candidates(model, config, {view: with_view(config, view) for view in views}, directory)
@@ -41,5 +42,5 @@ def score_views(config: PopsdConfig, views: Sequence[str]) -> None:
 
 
 def without_rows(config: PopsdConfig) -> PopsdConfig:
-    """`config` without training and validation rows, which the model would read and which the scoring reads itself."""
+    """Return `config` without training and validation rows: the scoring reads them itself, so the model need not."""
     return replace(config, data=replace(config.data, train=SourceConfig(), validation=SourceConfig()))

@@ -1,1 +1,1 @@
-"""The configuration of a run, composed of all sections: the typed schema, loading, checks across sections."""
+"""The complete configuration of a run: the typed schema, loading, and checks across sections."""

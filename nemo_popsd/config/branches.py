@@ -1,4 +1,4 @@
-"""Checks of what the frozen branches see, how they think and whose weights they have. Imports no torch."""
+"""Checks of the views, the thinking and the weights of the frozen branches. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def check_branches(config: PopsdConfig) -> None:
                 got=f"data.{role}.enable_thinking={str(teacher.enable_thinking).lower()} with data.enable_thinking="
                 f"{str(data.enable_thinking).lower()} and distillation.target.family={name}",
                 need="the same thinking in all contexts: this target adds the difference of the teachers to the "
-                "student's context token by token, and a thought that one prompt closes and another does not would "
-                "count as an effect of the question",
+                "student's context token by token, and a thought that only one of the prompts closes would count as an "
+                "effect of the question",
                 fix=f"set data.{role}.enable_thinking=null, or another family",
             )
         if family.view is not None and teacher.view not in (None, family.view):
@@ -50,9 +50,9 @@ def check_branches(config: PopsdConfig) -> None:
 
 
 def _check_weights_of_branches(config: PopsdConfig) -> None:
-    """Refuse moving weights that need two output matrices, or an output matrix that moves between updates.
+    """Refuse weights that need two output matrices, or an output matrix that changes between the updates of a step.
 
-    The loss has one matrix of the frozen branches. LoRA leaves it frozen, so any combination has the same.
+    The loss uses one output matrix for the frozen branches. LoRA keeps it frozen, so any combination shares it.
     """
     teacher, anchor, target = config.distillation.teacher, config.distillation.anchor, config.distillation.target
     if config.student.adaptation == "lora":
@@ -62,22 +62,22 @@ def _check_weights_of_branches(config: PopsdConfig) -> None:
             "configuration",
             got=f"distillation.teacher.weights={teacher.weights} and distillation.anchor.weights={anchor.weights} with "
             f"student.adaptation=full and distillation.target.family={target.family}",
-            need="the same weights for teachers and anchor, whose output matrix the loss shares; LoRA leaves it frozen",
-            fix="set distillation.anchor as distillation.teacher, or student.adaptation=lora",
+            need="the same weights for teachers and anchor, because they share one output matrix; LoRA keeps it frozen",
+            fix="set distillation.anchor equal to distillation.teacher, or student.adaptation=lora",
         )
     if teacher.weights == "live" and config.training.updates_per_step > 1:
         raise UserError(
             "configuration",
             got=f"distillation.teacher.weights=live with student.adaptation=full and training.updates_per_step="
             f"{config.training.updates_per_step}",
-            need="one update per step: the teachers' states are computed before the first, with the output matrix "
-            "that it changes",
+            need="one update per step: the teachers' states are computed before the first update, which changes the "
+            "output matrix",
             fix="set training.updates_per_step=1, distillation.teacher.weights=snapshot or student.adaptation=lora",
         )
 
 
 def check_training_source(config: PopsdConfig) -> None:
-    """Refuse training rows without a column that a teacher's view or the weights of tokens need.
+    """Refuse training rows without a column that a teacher's view or the token weights need.
 
     Raises:
         UserError: names the setting.

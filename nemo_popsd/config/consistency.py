@@ -1,4 +1,4 @@
-"""Checks of layout, paths and machine before a command. They run before a model is built and import no torch."""
+"""Checks of layout, paths and machine. They run before a model is built and import no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RUN_FILES = (
     DONE,
     REQUEUE,
 )
-"""Names that a training run writes to `output`, besides its resolved configuration."""
+"""Files and directories that a training run writes to `output`, besides its resolved configuration."""
 
 
 _FOR_HUGGINGFACE = {
@@ -45,18 +45,18 @@ _FOR_HUGGINGFACE = {
     "CHECKPOINT": "use it as it is: `popsd export` writes this format; `popsd convert hf-to-nemo` reads it",
     "SRC": "use it as it is, or convert it with `popsd convert hf-to-nemo`",
 }
-"""Fix for a Hugging Face directory given instead of a NeMo checkpoint, by argument."""
+"""How to fix a Hugging Face directory passed instead of a NeMo checkpoint, by argument."""
 
 
 def check_layout(config: PopsdConfig, *, world_size: int) -> None:
-    """Refuse a parallel layout that does not divide the world, or a batch that does not divide over it.
+    """Refuse a parallel layout that does not divide the world size, or a batch that the layout does not divide.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         world_size: number of ranks.
 
     Raises:
-        UserError: names the setting and the nearest values that fit.
+        UserError: the sizes do not divide; the message names the setting and the nearest valid values.
     """
     parallel, prompts = config.parallel, config.training.prompts_per_step
     parallel.check_world(world_size)
@@ -91,7 +91,7 @@ def _check_engine(config: PopsdConfig) -> None:
 
 
 def holds_a_run(output: str) -> bool:
-    """Whether `output` has the files of a training run."""
+    """Whether `output` contains the files of a training run."""
     directory = Path(output).expanduser()
     return (directory / "config.yaml").is_file() and any((directory / name).exists() for name in RUN_FILES)
 
@@ -100,8 +100,8 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
     """Refuse a training run whose settings, paths or machine do not fit, before a model is built.
 
     Raises:
-        UserError: a contradiction, a layout that does not fit, a path that is empty or does not exist, or an output
-            directory that cannot be written or has files that this package did not write.
+        UserError: settings contradict each other, the layout does not fit, a path is empty or does not exist, or the
+            output directory cannot be written or contains files that this package did not write.
     """
     check_sections(config)
     check_layout(config, world_size=world_size)
@@ -129,16 +129,16 @@ def check_training_run(config: PopsdConfig, *, world_size: int) -> None:
                 raise UserError(
                     "configuration",
                     got=f"{setting}={path!r} inside output={config.output!r}, which {what}",
-                    need="a run that does not remove what it reads",
+                    need="a run that does not remove its own inputs",
                     fix="set output",
                 )
 
 
 def _check_ownership(config: PopsdConfig, output: Path, present: Sequence[str]) -> None:
-    """Refuse a directory whose files the run would replace or remove although no run wrote them.
+    """Refuse a directory with files that no run wrote and that this run would replace or remove.
 
-    A run marks its directory before it writes anything else. A directory without the mark that has a config.yaml and
-    files of a run may be that of an earlier version: it can be resumed, since the settings are compared, but not
+    A run marks its directory before it writes anything else. A directory without the mark but with a config.yaml and
+    files of a run may come from an earlier version: it can be resumed, because the settings are compared, but not
     removed.
     """
     mark = read_mark(output)
@@ -167,9 +167,9 @@ def check_evaluation_run(config: PopsdConfig, *, world_size: int, checkpoint: st
     """Refuse an evaluation whose settings, paths or machine do not fit, before a model is built.
 
     Args:
-        config: the run; needs `data.validation.path` or `evaluation.sets`.
+        config: configuration; needs `data.validation.path` or `evaluation.sets`.
         world_size: number of ranks.
-        checkpoint: what is evaluated; None evaluates `student.source`.
+        checkpoint: checkpoint to evaluate; None evaluates `student.source`.
 
     Raises:
         UserError: as `check_training_run`.
@@ -192,9 +192,9 @@ def check_diagnosis_run(config: PopsdConfig, *, world_size: int, checkpoint: str
     """Refuse a diagnosis whose settings, paths or machine do not fit, before a model is built.
 
     Args:
-        config: the run; needs `data.train.path`, whose rows have references.
+        config: configuration; needs `data.train.path` with references.
         world_size: number of ranks.
-        checkpoint: what is diagnosed; None diagnoses `student.source`.
+        checkpoint: checkpoint to diagnose; None diagnoses `student.source`.
 
     Raises:
         UserError: as `check_training_run`.
@@ -211,12 +211,12 @@ def check_views_run(config: PopsdConfig, views: Sequence[str], *, world_size: in
     """Refuse a scoring of views whose settings, paths or machine do not fit, before a model is built.
 
     Args:
-        config: the run.
-        views: of the reference, by name; that every row has them is known only when the rows are read.
+        config: configuration of the run.
+        views: names of views; whether every row has them is checked later, when the rows are read.
         world_size: number of ranks.
 
     Raises:
-        UserError: as `check_training_run`; no view, or one twice.
+        UserError: as `check_training_run`, and if there is no view or one is repeated.
     """
     if not views or not all(views) or len(set(views)) < len(views):
         raise UserError(
@@ -282,7 +282,7 @@ def check_model_directory(path: str, *, setting: str) -> None:
 
 
 def check_output(path: str, *, setting: str = "output") -> None:
-    """Refuse a directory that cannot be created or written; creates nothing. `setting` is the name for messages."""
+    """Refuse a directory that cannot be created or written, without creating it. `setting` is its name in messages."""
     directory = Path(path).expanduser()
     nearest = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     if path and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
@@ -300,13 +300,13 @@ def check_new_output(path: str, *, setting: str) -> None:
             "configuration",
             got=f"{setting}={path!r}, which exists",
             need="a path that does not exist yet",
-            fix=f"remove it, or give another {setting}",
+            fix=f"remove it, or set another {setting}",
         )
     check_output(path, setting=setting)
 
 
 def _check_checker(config: PopsdConfig) -> None:
-    """Refuse an answer checker that cannot be imported, before samples are generated."""
+    """Refuse an answer checker that cannot be imported."""
     if config.evaluation.checker:
         load_checker(config.evaluation.checker)
 
@@ -318,7 +318,7 @@ def _check_best_metric(config: PopsdConfig) -> None:
             "configuration",
             got=f"training.keep_best={training.keep_best} by training.best_metric={training.best_metric} without "
             "data.validation.path",
-            need="a metric that is measured",
+            need="a metric that the run measures",
             fix="set data.validation.path, training.best_metric=train/loss with training.best_is=min, or "
             "training.keep_best=0",
         )
@@ -365,7 +365,7 @@ def _check_student(config: PopsdConfig) -> None:
 
 
 def _refuse_a_run(path: Path, *, setting: str) -> None:
-    """Refuse the output of a run in place of one of the models in it; names those that exist."""
+    """Refuse the output directory of a run where one of its models is needed; the message names the newest."""
     if not holds_a_run(str(path)):
         return
     folder = path / "checkpoints"
@@ -375,7 +375,7 @@ def _refuse_a_run(path: Path, *, setting: str) -> None:
         "checkpoint",
         got=f"{setting} {str(path)!r}, which is the output of a run",
         need="a model or checkpoint in it",
-        fix=f"give {checkpoint}" if checkpoint else "start that run again: it has no complete checkpoint",
+        fix=f"use {checkpoint}" if checkpoint else "start that run again: it has no complete checkpoint",
     )
 
 

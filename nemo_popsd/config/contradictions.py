@@ -1,4 +1,4 @@
-"""Checks between sections: values that are valid separately but not together. Reads nothing but the configuration."""
+"""Checks across sections: values that are valid separately but not together. They read only the configuration."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from nemo_popsd.parallel.config import GATHERED, HIERARCHICAL
 
 
 def check_sections(config: PopsdConfig) -> None:
-    """Refuse values that are valid separately but not together. Reads nothing but `config`.
+    """Refuse values that are valid separately but not together. Reads only `config`.
 
     Raises:
-        UserError: names both settings.
+        UserError: two settings contradict each other; the message names both.
     """
     optimizer, training = config.optimizer, config.training
     if optimizer.warmup_steps > training.steps:
@@ -38,7 +38,7 @@ def check_sections(config: PopsdConfig) -> None:
         raise UserError(
             "configuration",
             got="optimizer.overlap_param_gather=true with training.updates_per_step=1",
-            need="several updates per step: rollouts, which read all weights, come before the first",
+            need="several updates per step: rollouts precede the first update and read all weights",
             fix="set optimizer.overlap_param_gather=false, or training.updates_per_step above 1",
         )
     if optimizer.min_lr > optimizer.lr:
@@ -51,19 +51,19 @@ def check_sections(config: PopsdConfig) -> None:
 
 
 def _check_packing(config: PopsdConfig) -> None:
-    """Refuse packed sequences where Transformer Engine's attention has none."""
+    """Refuse packed sequences if Transformer Engine's attention does not support them."""
     kind = config.parallel.context_type
     if kind in (GATHERED, HIERARCHICAL) and config.training.packing and config.student.layers != "local":
         raise UserError(
             "configuration",
             got=f"parallel.context_type={kind} with training.packing=true",
-            need="padded sequences: Transformer Engine has no such attention for packed ones",
+            need="padded sequences: Transformer Engine does not support packed sequences with this type",
             fix="set training.packing=false, or parallel.context_type=auto",
         )
 
 
 def _check_fp8(config: PopsdConfig) -> None:
-    """Refuse FP8 where it has no effect, or none of the intended one."""
+    """Refuse FP8 settings that have no effect or not the intended effect."""
     student, passes = config.student, config.fp8.passes
     if not passes:
         return
@@ -87,7 +87,7 @@ def _check_fp8(config: PopsdConfig) -> None:
 
 
 def _check_precision(config: PopsdConfig) -> None:
-    """Refuse settings that save memory of bf16 training in a run that is not in bf16."""
+    """Refuse memory-saving settings of bf16 training in a run with another precision."""
     optimizer, precision = config.optimizer, config.student.precision
     for name, off in (("grad_dtype", "fp32"), ("state_dtype", "fp32"), ("host_share", 0)):
         value = getattr(optimizer, name)

@@ -1,7 +1,7 @@
-"""What each setting means: name, type, default, bounds and the string below its field.
+"""Description of each setting: name, type, default, bounds and the string below its field.
 
-The source of `popsd config --describe` and of the generated reference (`docs/reference.py`). Imports neither torch nor
-yaml; the strings are read from the source files, since Python drops them.
+`popsd config --describe` and the generated reference (`docs/reference.py`) use it. Imports neither torch nor yaml. The
+strings are read from the source files, because Python discards them.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _WIDTH = 100
 
 
 class Setting(NamedTuple):
-    """One setting of a configuration, or a section of them."""
+    """One setting of a configuration, or one section."""
 
     name: str
-    """Dotted, as in an override."""
+    """Dotted name, as in an override."""
     type: str
-    """Python's notation; empty for a section."""
+    """Type in Python's notation; empty for a section."""
     default: str
-    """Default in YAML notation; empty for a section."""
+    """Default in YAML; empty for a section."""
     allowed: str
-    """Bounds, in words; may be empty."""
+    """Bounds in words; may be empty."""
     text: str
-    """The string under the field; for a section the docstring of its class."""
+    """The string below the field; for a section, the docstring of its class."""
 
 
 def describe(name: str, schemas: Sequence[type] = (PopsdConfig,), *, values: Mapping[str, object] | None = None) -> str:
-    """Explains a setting, or a section with all settings inside it, for the terminal.
+    """Describe a setting, or a section with all its settings, for the terminal.
 
     Args:
         name: dotted name.
-        schemas: dataclasses to look in.
-        values: by dotted name, of a configuration; those that differ from the default are shown.
+        schemas: dataclasses to search.
+        values: values of a configuration by dotted name; those that differ from the default are shown.
 
     Raises:
-        UserError: no schema has the name; the nearest is named.
+        UserError: no schema has the name; the message names the nearest one.
     """
     declared = {setting.name: setting for schema in schemas for setting in settings(schema)}
     if name not in declared:
@@ -74,7 +74,7 @@ def _described(setting: Setting, values: Mapping[str, object]) -> str:
 
 
 def field_texts(schema: ast.ClassDef) -> dict[str, str]:
-    """Field to the string below it, in the order of declaration; "" where there is none."""
+    """Map each field to the string below it, in the order of declaration; "" if there is none."""
     found: dict[str, str] = {}
     last = ""
     for node in schema.body:
@@ -90,14 +90,14 @@ def field_texts(schema: ast.ClassDef) -> dict[str, str]:
 
 
 def class_node(path: Path, name: str) -> ast.ClassDef:
-    """The syntax tree of the class `name` of a file."""
+    """Return the syntax tree of the class `name` in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     [node] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     return node
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of the dataclass `schema`: its own first, then each section with those inside it."""
+    """Yield every setting of the dataclass `schema`: its own first, then each section with its settings."""
     texts = field_texts(class_node(Path(inspect.getfile(schema)), schema.__name__))
     types, declared = get_type_hints(schema), get_type_hints(schema, include_extras=True)
     sections = []
@@ -118,19 +118,19 @@ def settings(schema: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """The value of a field that nobody sets."""
+    """Return the default value of a field."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
 def _type_name(hint: Any) -> str:
-    """`hint` as a reader writes it: int | None, list[str]."""
+    """Format `hint` as in source code: int | None, list[str]."""
     return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
 
 
 def _yaml_text(value: Any) -> str:
-    """`value` as a configuration file has it, in one line."""
+    """Format `value` as in a configuration file, in one line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -141,6 +141,6 @@ def _yaml_text(value: Any) -> str:
 
 
 def _allowed(hint: Any) -> str:
-    """What the rule of an annotated type lets through, in words: an interval, or what a text is for."""
+    """Describe the rule of an annotated type in words: an interval, or the kind of text."""
     rules = getattr(hint, "__metadata__", ())
     return ", ".join(_TEXTS[rule] if isinstance(rule, Text) else str(rule) for rule in rules)

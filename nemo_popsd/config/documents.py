@@ -1,4 +1,4 @@
-"""Reading a YAML file or the value of an override as a tree of known keys with typed values. All sizes are bounded."""
+"""Reading a YAML file or an override as a tree of known keys with typed values. All sizes are bounded."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _TOO_MUCH = f"more than {_MOST_NODES:,} values (aliases repeat theirs) or {_MOST
 _TAGS = "tag:yaml.org,2002:"
 _MERGE = f"{_TAGS}merge"
 LISTED = ("evaluation.sets",)
-"""Mappings that may be written as a list of names, each with an empty value; the list replaces other names."""
+"""Mappings that may be written as a list of names, each with an empty value; a list replaces the default names."""
 _QUOTED = ("'", '"', "|", ">")
 
 
 def read_file(path: Path) -> dict[str, object]:
-    """The tree of a configuration file.
+    """Return the tree of a configuration file.
 
-    Values have the types of their keys. Texts with ``${`` are interpolations that are resolved later, and `MISSING` is
+    Values have the types of their keys. Strings with ``${`` are interpolations, which are resolved later; `MISSING` is
     kept.
 
     Raises:
-        UserError: it is not a regular file of bounded size or not YAML in UTF-8, or it has unknown or repeated keys or
-            a value of a wrong type.
+        UserError: the file is not a regular file, is too large, or is not YAML in UTF-8; or it has unknown or repeated
+            keys or a value of a wrong type.
     """
     what = f"configuration {_named(path)}"
     node = _compose(_text(path), what, lambda line: f"{_named(path)}:{line}")
@@ -46,15 +46,15 @@ def read_file(path: Path) -> dict[str, object]:
 
 
 def read_override(override: str, known: Mapping[str, object] | None = None) -> tuple[str, Any]:
-    """Key and value of one ``key=value``.
+    """Return key and value of one ``key=value``.
 
     Args:
-        override: as given; the value is YAML, except that for a text key it is taken literally unless it is ``null``
+        override: the override; the value is YAML, except that the value of a text key is literal unless it is ``null``
             or quoted.
         known: keys and types; by default those of a run.
 
     Raises:
-        UserError: it has no key or no value, the key is unknown, or the value has the wrong type.
+        UserError: the override has no key or no value, the key is unknown, or the value has the wrong type.
     """
     known = known_keys() if known is None else known
     where = f"override {shown(override)}"
@@ -95,7 +95,7 @@ def _text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Composes nodes within limits of number and depth. Tags are refused: the keys determine the types."""
+    """Composes nodes with limits on number and depth. Tags are refused, because keys determine the types."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
             raise yaml.composer.ComposerError(None, None, _TOO_MUCH, event.start_mark)
         tag = getattr(event, "tag", None)
         if tag is not None:
-            problem = f"the tag {shown(tag.replace(_TAGS, '!!'))}, which does not belong here"
+            problem = f"the tag {shown(tag.replace(_TAGS, '!!'))}, which is not supported"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         node = super().compose_node(parent, index)
         self._levels -= 1
@@ -117,8 +117,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
 
 
 def _compose(text: str, what: str, where: Callable[[int], str]) -> yaml.Node | None:
-    """The root of the one document in `text`."""
-    need, fix = "valid YAML", "correct it (quote what is meant as text)"
+    """Return the root of the single document in `text`."""
+    need, fix = "valid YAML", "correct it (quote text values)"
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -129,7 +129,7 @@ def _compose(text: str, what: str, where: Callable[[int], str]) -> yaml.Node | N
 
 
 class _Tree:
-    """Converts nodes to values. An alias is one node and may be many values, so values are counted again."""
+    """Converts nodes to values. Values are counted again, because an alias is one node but may produce many values."""
 
     def __init__(self, known: Mapping[str, object], origin: Path | str) -> None:
         self._known = known
@@ -137,7 +137,7 @@ class _Tree:
         self._nodes = 0
 
     def section(self, node: yaml.MappingNode, prefix: str, level: int) -> dict[str, object]:
-        """The keys of one section; `prefix` is its dotted name with a dot at the end."""
+        """Return the values of one section; `prefix` is its dotted name with a trailing dot."""
         values: dict[str, object] = {}
         lines: dict[str, int] = {}
         for key_node, value_node in self._merged(node, level):
@@ -156,7 +156,7 @@ class _Tree:
         return values
 
     def value(self, node: yaml.Node, key: str, hint: object, level: int, where: str, need: object = None) -> object:
-        """The value of `node` for `key` of type `hint`; for an item of a list, `need` is the type of the list."""
+        """Return the value of `node` for `key` of type `hint`; for a list item, `need` is the type of the list."""
         self._count(level)
         if isinstance(node, yaml.ScalarNode) and (node.value == MISSING or "${" in node.value):
             if is_dataclass(hint):
@@ -182,7 +182,7 @@ class _Tree:
         raise wrong_type(where, key, need or hint, f"{key}={_written(node)}")
 
     def _mapping(self, node: yaml.MappingNode, key: str, level: int) -> dict[str, str]:
-        """Names and scalar values, as texts: what uses the mapping knows their types."""
+        """Return names and scalar values as strings; the users of the mapping know the types."""
         values: dict[str, str] = {}
         for key_node, value_node in self._merged(node, level):
             self._count(level + 1)
@@ -197,7 +197,7 @@ class _Tree:
         return values
 
     def _merged(self, node: yaml.MappingNode, level: int) -> list[tuple[yaml.Node, yaml.Node]]:
-        """The pairs of `node`, and those that it merges (``<<``) and does not have itself."""
+        """Return the pairs of `node`, and the merged pairs (``<<``) whose keys `node` does not have."""
         self._count(level)
         pairs = [(key, value) for key, value in node.value if key.tag != _MERGE]
         for _, value in (pair for pair in node.value if pair[0].tag == _MERGE):

@@ -1,4 +1,4 @@
-"""Interpolations (``${seed}``, ``${oc.env:HOME}``): OmegaConf resolves each once; the results are typed here."""
+"""Interpolations (``${seed}``, ``${oc.env:HOME}``): OmegaConf resolves each once; this module types the results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nemo_popsd.config.values import LONGEST_TEXT, from_interpolation
 from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import shown
 
-_MOST = 25  # that of the default of `output` is one
+_MOST = 25  # including the one in the default of `output`
 _NAMES = re.compile(r"(\.*)([A-Za-z_][\w.]*)")
 _PLAIN = re.compile(r"\$\{[A-Za-z_][\w.]*\}")
-"""An interpolation that is the name of a key."""
+"""An interpolation that consists of the name of a key."""
 
 
 def escaped(value: object) -> object:
-    """`value`, a text, list, mapping or section, escaped: OmegaConf does not take its texts for interpolations."""
+    """Escape the strings in `value` (string, list, mapping or section), so that OmegaConf does not interpolate them."""
     if is_dataclass(value):
-        result = copy.copy(value)  # without its checks: an escaped pattern may be invalid
+        result = copy.copy(value)  # skips the checks: an escaped pattern may be invalid
         for item in fields(value):
             setattr(result, item.name, escaped(getattr(value, item.name)))
         return result
@@ -39,15 +39,15 @@ def escaped(value: object) -> object:
 
 
 def resolve(values: dict[str, object], known: Mapping[str, object], what: str) -> None:
-    """Replaces the interpolations in `values` by their results, read as if these had been written there.
+    """Replace the interpolations in `values` by their results, which are parsed like literal values.
 
     Args:
-        values: by dotted key; changed in place.
+        values: values by dotted key; changed in place.
         known: types of the keys.
         what: name for messages.
 
     Raises:
-        UserError: one cannot be resolved, refers to itself, or results in a value of the wrong type.
+        UserError: an interpolation cannot be resolved, refers to itself, or gives a value of the wrong type.
     """
     unresolved = [key for key, value in values.items() if any("${" in text for text in _texts(value))]
     if not unresolved:
@@ -55,12 +55,12 @@ def resolve(values: dict[str, object], known: Mapping[str, object], what: str) -
     count = sum(text.count("${") for value in values.values() for text in _texts(value))
     if count > _MOST:
         got, need = f"{count} interpolations ${{...}}", f"at most {_MOST}"
-        raise UserError(what, got=got, need=need, fix="write values in their place")
+        raise UserError(what, got=got, need=need, fix="replace some of them by values")
     _Resolution(values, known, what, unresolved).run()
 
 
 class _Resolution:
-    """Resolves the keys that a text refers to before the text itself, so that each value is resolved once."""
+    """Resolves the keys that a string refers to before the string itself, so that each value is resolved once."""
 
     def __init__(
         self, values: dict[str, object], known: Mapping[str, object], what: str, unresolved: list[str]
@@ -84,7 +84,7 @@ class _Resolution:
             self._resolve(next(iter(self._open)))
 
     def _needed(self) -> dict[str, object]:
-        """The values that an interpolation can refer to. OmegaConf takes milliseconds to copy all settings."""
+        """Return the values that an interpolation can refer to: copying all settings takes OmegaConf milliseconds."""
         texts = [text for key in self._open for text in _texts(self._values[key])]
         if any("${" in _PLAIN.sub("", text) for text in texts):
             return self._values
@@ -121,7 +121,7 @@ class _Resolution:
         del self._open[key]
 
     def _referred(self, key: str) -> Iterator[str]:
-        """Keys whose names are in the interpolations of `key`; a relative name begins with dots."""
+        """Yield the keys named in the interpolations of `key`; a relative name begins with dots."""
         for text in _texts(self._values[key]):
             for dots, name in _NAMES.findall(text[text.find("${") :]):
                 section = key.split(".")[: -len(dots)] if dots else []

@@ -1,4 +1,4 @@
-"""The dotted keys of a schema, the type of each, and the known keys nearest to a misspelt one."""
+"""The dotted keys of a schema with their types, and the known keys nearest to a misspelt key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_NAMED = 3
 
 @cache
 def known_keys(schema: type = PopsdConfig) -> Mapping[str, object]:
-    """Dotted name of every section and every setting, with its type; sections have a dataclass as type."""
+    """Return the dotted name of every section and setting, with its type; the type of a section is a dataclass."""
     keys: dict[str, object] = {}
 
     def visit(section: type, prefix: str) -> None:
@@ -35,10 +35,10 @@ def known_keys(schema: type = PopsdConfig) -> Mapping[str, object]:
 
 
 def nearest(key: str, known: Mapping[str, object]) -> list[str]:
-    """The keys of `known` that `key` most likely means; none if none is close, several if they are equally likely.
+    """Return the keys of `known` that `key` most likely means; empty if none is close, several if equally likely.
 
     In order of preference: a misspelt key of the same section, the same name elsewhere in the top-level section, a
-    misspelt section, the same name anywhere. The first letter must be equal: `node` may mean `nodes`, but not `mode`.
+    misspelt section, the same name anywhere. The first letter must match: `node` may mean `nodes`, but not `mode`.
     """
     key = key[:200]  # difflib takes quadratic time
     section, _, leaf = key.rpartition(".")
@@ -62,11 +62,11 @@ def nearest(key: str, known: Mapping[str, object]) -> list[str]:
 
 
 def unknown_key(where: str, key: str, known: Mapping[str, object] | None = None) -> UserError:
-    """The error for a key that the schema does not have.
+    """Return the error for a key that the schema does not have.
 
     Args:
         where: file and line, or the override.
-        key: its dotted name.
+        key: dotted name of the key.
         known: keys and types; by default those of a run.
     """
     known = known_keys() if known is None else known
@@ -87,12 +87,12 @@ def unknown_key(where: str, key: str, known: Mapping[str, object] | None = None)
 
 
 def wrong_type(where: str, key: str, hint: object, got: str) -> UserError:
-    """The error for a value, described by `got`, that has the wrong type for the setting `key` of type `hint`."""
+    """Return the error for a value (described by `got`) of the wrong type for the setting `key` of type `hint`."""
     return UserError(where, got=got, need=describe(hint), fix=f"set {key}")
 
 
 def _similar_leaf(leaf: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` whose last part is most similar to `leaf`, if it is close and has the same first letter."""
+    """Return the `names` whose last part is most similar to `leaf`, if close and with the same first letter."""
     alike = {name: difflib.SequenceMatcher(None, leaf, _leaf(name)).ratio() for name in names}
     alike = {name: ratio for name, ratio in alike.items() if ratio >= _CLOSE and _leaf(name)[:1] == leaf[:1]}
     return [name for name, ratio in alike.items() if ratio == max(alike.values())]

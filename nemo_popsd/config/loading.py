@@ -1,4 +1,4 @@
-"""Loads a checked `PopsdConfig` from a YAML file and dotted overrides, and writes it to a file. Imports no torch."""
+"""Loading a checked `PopsdConfig` from a YAML file and dotted overrides, and saving it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from nemo_popsd.settings.checks import shown
 
 T = TypeVar("T")
 
-_NEMO_KEYS = ("target", "nemo_version")  # What NeMo's ModelPT adds to the configuration of every model.
+_NEMO_KEYS = ("target", "nemo_version")  # NeMo's ModelPT adds these to the configuration of every model.
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
     """Read, override and check a configuration. The models, data and directories that it names need not exist.
 
     Args:
-        path: YAML file; keys left out have the schema's defaults, except for `name`, which is that of the file, and
-            `output`, which is ``runs/${name}``.
+        path: YAML file. Omitted keys have the schema's defaults, except that `name` defaults to the file's name and
+            `output` to ``runs/${name}``.
         overrides: ``key=value`` with dotted keys, applied in order. A value is YAML (``null``, ``[a, b]``, ``1e-5``),
-            except that the value of a text key is taken literally unless it is ``null`` or quoted.
+            except that the value of a text key is literal unless it is ``null`` or quoted.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown (the nearest known one is named) or repeated, a value is
-            missing (``???``), has the wrong type or is impossible, or two sections contradict each other.
+        UserError: the file cannot be read, a key is unknown (the message names the nearest known key) or repeated, a
+            value is missing (``???``), has the wrong type or is invalid, or two sections contradict each other.
     """
     path = Path(path)
     tree = {"name": escaped(path.stem), "output": "runs/${name}", **read_file(path)}
@@ -44,10 +44,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PopsdConfig:
 
 
 def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence[str], *, what: str) -> T:
-    """An instance of `schema` with the values of `tree` (see `documents.read_file`), then those of `overrides`.
+    """Build an instance of `schema` from `tree` (see `documents.read_file`) with `overrides` applied.
 
     Raises:
-        UserError: as `load_config`; `what` is its name in messages.
+        UserError: as `load_config`; `what` is the name of the tree in messages.
     """
     known = known_keys(cast(type, schema))
     values = {key: value for key, value in _flat(asdict(cast(Any, schema())), known) if not is_dataclass(known[key])}
@@ -81,15 +81,15 @@ def load_schema(schema: type[T], tree: Mapping[str, object], overrides: Sequence
 
 
 def to_dict_config(config: PopsdConfig) -> DictConfig:
-    """`config` as the typed OmegaConf tree that NeMo's `ModelPT` keeps; texts with ``${`` are kept literally."""
+    """Convert `config` to the typed OmegaConf tree that NeMo's `ModelPT` stores; strings with ``${`` stay literal."""
     return cast(DictConfig, OmegaConf.structured(escaped(config)))
 
 
 def from_dict_config(tree: DictConfig) -> PopsdConfig:
-    """The checked configuration in `tree`, as `ModelPT` keeps it or as a checkpoint holds it.
+    """Return the checked configuration in `tree`, as stored by `ModelPT` or in a checkpoint.
 
     Raises:
-        UserError: as `load_config`; a tree written by another version may hold keys that this one does not know.
+        UserError: as `load_config`; a tree written by another version may contain unknown keys.
     """
     plain = cast(dict[str, object], OmegaConf.to_container(tree, resolve=True))
     values = dict(_flat(asdict(PopsdConfig()), known_keys()))
@@ -97,7 +97,7 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
         where, hint = f"configuration key {key}", known_keys().get(key)
         if hint is None:
             raise unknown_key(where, key)
-        if isinstance(value, bool) and is_text(hint):  # of a version in which the setting was a Boolean
+        if isinstance(value, bool) and is_text(hint):  # written by a version in which the setting was a Boolean
             value = str(value).lower()
         try:
             values[key] = from_plain(hint, value)
@@ -109,20 +109,20 @@ def from_dict_config(tree: DictConfig) -> PopsdConfig:
 
 
 def by_key(config: PopsdConfig) -> dict[str, object]:
-    """The values of `config` by dotted name of the setting."""
+    """Return the values of `config` by dotted name of the setting."""
     known = known_keys()
     return {key: value for key, value in _flat(asdict(config), known) if not is_dataclass(known[key])}
 
 
 def save_resolved(config: PopsdConfig, path: str | Path) -> None:
-    """Write `config` with all its defaults as YAML, atomically: `path` has the old or the new text at any time."""
+    """Write `config` with all its defaults as YAML, atomically: `path` always has either the old or the new text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, OmegaConf.to_yaml(to_dict_config(config)))
 
 
 def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of the leaves of `tree`, including unknown ones and values in the place of a section."""
+    """Yield names and values of the leaves of `tree`, including unknown keys and values in place of a section."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and is_dataclass(known.get(key)):
@@ -132,14 +132,14 @@ def _flat(tree: Mapping[str, object], known: Mapping[str, object], prefix: str =
 
 
 def _named(key: str, names: list[str]) -> dict[str, str]:
-    """The mapping that a list of names stands for."""
+    """Return the mapping that a list of names abbreviates."""
     if len(set(names)) < len(names):
         raise UserError("configuration", got=f"{key}={shown(names)}", need="each name once", fix=f"set {key}")
     return dict.fromkeys(names, "")
 
 
 def _build(schema: type[T], values: Mapping[str, object], prefix: str = "") -> T:
-    """An instance of the dataclass `schema` with its nested sections; each checks its own values."""
+    """Build an instance of the dataclass `schema` with its nested sections; each section checks its own values."""
     arguments: dict[str, object] = {}
     for name, hint in hints(cast(type, schema)).items():
         key = prefix + name

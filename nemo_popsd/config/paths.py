@@ -1,6 +1,6 @@
 """Paths in a configuration and on the command line: `~` is the home directory, `$` is refused.
 
-A shell expands `$HOME`, YAML does not: a directory with that literal name would be created.
+A shell expands `$HOME`, but YAML does not: a directory with that literal name would be created.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import refuse, shown
 
 _LONGEST_PATH = 3072
-"""Below Linux's 4,096 bytes, so that files inside fit."""
+"""Below Linux's 4,096 bytes, so that paths of files inside it fit."""
 _LONGEST_NAME = 255
 
 
 def given_path(setting: str, text: str) -> str:
-    """The path in `text`, with `~` expanded.
+    """Return the path in `text`, with `~` expanded.
 
     Args:
-        setting: dotted name of the setting, or of the argument, for messages.
-        text: as given; empty means none, where the setting allows that.
+        setting: name of the setting or argument, for messages.
+        text: the path; an empty text means no path, if the setting allows that.
 
     Raises:
-        UserError: it has a shell variable, a home directory that does not exist, a control character, or a length that
-            no file system supports.
+        UserError: the path contains a shell variable, a home directory that does not exist or a control character, or
+            is too long.
     """
     if "$" in text:
         raise UserError(
@@ -46,7 +46,7 @@ def given_path(setting: str, text: str) -> str:
 
 
 def path_argument(text: str) -> str:
-    """`given_path` as the type of a command-line argument.
+    """Parse a command-line argument with `given_path`.
 
     Raises:
         argparse.ArgumentTypeError: as `given_path`; argparse adds the name of the argument.

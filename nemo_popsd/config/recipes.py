@@ -1,6 +1,6 @@
 """The recipes that ship with the package, and copies of them with other values.
 
-`nemo_popsd/recipes` is a symbolic link to `conf/`, so that a wheel has the recipes and the repository has them once.
+`nemo_popsd/recipes` is a symbolic link to `conf/`: the wheel contains the recipes, and the repository stores them once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nemo_popsd.settings.bounds import Text, declared_rules
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 _SOURCE = re.compile(r" +# (paper|OPSD|here)\b.*")
-"""The comment that names the source of a recipe's value."""
+"""A comment that names the source of a value in a recipe."""
 
 READ_PATHS = ("student.source", "data.train.path", "data.validation.path")
-"""Settings of what a run reads."""
+"""Settings with the inputs of a run."""
 
 
 def recipe_names() -> list[str]:
@@ -45,28 +45,28 @@ def purpose(name: str) -> str:
 
 
 def write_recipe(name: str, folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Writes `<folder>/<name>.yaml`: the recipe with its comments, and with the values of `overrides` in their places.
+    """Write `<folder>/<name>.yaml`: the recipe with its comments and with `overrides` inserted.
 
-    Paths among the values that exist are written as absolute paths, so that the file can be used from any directory.
+    Existing paths in `overrides` are made absolute, so that the file can be used from any directory.
 
     Args:
-        name: of the recipe.
-        folder: created if it does not exist.
+        name: name of the recipe.
+        folder: directory to write to; created if it does not exist.
         overrides: ``key=value``, as for `load_config`.
 
     Returns:
         The path of the file.
 
     Raises:
-        UserError: no recipe has the name, the file exists or cannot be written, or an override is wrong.
+        UserError: no recipe has this name, the file exists or cannot be written, or an override is invalid.
     """
     if name not in recipe_names():
         raise UserError(
-            "init", got=f"recipe {name!r}", need=f"one of {', '.join(recipe_names())}", fix="give one of them"
+            "init", got=f"recipe {name!r}", need=f"one of {', '.join(recipe_names())}", fix="use one of them"
         )
     path = folder / f"{name}.yaml"
     if os.path.lexists(path):
-        raise UserError("init", got=f"{path}, which exists", need="a new file", fix="give another DIR, or remove it")
+        raise UserError("init", got=f"{path}, which exists", need="a new file", fix="use another DIR, or remove it")
     load_config(FOLDER / f"{name}.yaml", overrides)
     text = _text(name).replace(f"conf/{name}.yaml", str(path))
     for override in overrides:
@@ -77,15 +77,14 @@ def write_recipe(name: str, folder: Path, overrides: Sequence[str] = ()) -> Path
         write_text(path, text)
     except OSError as error:
         got = f"{path} ({error.strerror})"
-        raise UserError("init", got=got, need="a directory that can be written", fix="give another DIR") from None
+        raise UserError("init", got=got, need="a directory that can be written", fix="use another DIR") from None
     return path
 
 
 def with_value(text: str, key: str, value: object) -> str:
-    """The YAML `text` with `value` for the dotted `key`; everything else, comments included, stays as it is.
+    """Return the YAML `text` with `value` for the dotted `key`; everything else, including comments, is unchanged.
 
-    A comment that names the source of the replaced value is replaced, too. A key that the text lacks is added at the
-    end of its section.
+    A comment that names the source of the old value is replaced. A missing key is added at the end of its section.
     """
     node, parts = yaml.compose(text, Loader=yaml.SafeLoader), key.split(".")
     while isinstance(node, yaml.MappingNode) and parts:
@@ -114,9 +113,9 @@ def with_value(text: str, key: str, value: object) -> str:
 
 
 def _written(value: object) -> str:
-    """`value` as YAML in one line."""
+    """Format `value` as YAML in one line."""
     if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)  # which is YAML's double-quoted style
+        return json.dumps(value, ensure_ascii=False)  # also valid in YAML's double-quoted style
     written: str = yaml.safe_dump(value, default_flow_style=True, width=1 << 30, allow_unicode=True)
     return written.removesuffix("...\n").strip()
 
@@ -126,11 +125,11 @@ def _text(name: str) -> str:
 
 
 def _values(key: str, value: object) -> Iterator[tuple[str, object]]:
-    """The settings of an override: those of a section one by one."""
+    """Yield the settings of an override; a section is split into its settings."""
     if is_dataclass(known_keys()[key]) and isinstance(value, dict):
         for name, inside in value.items():
             yield from _values(f"{key}.{name}", inside)
-    elif isinstance(value, dict):  # a mapping, whose names the schema does not list
+    elif isinstance(value, dict):  # a mapping with names that the schema does not list
         yield from ((f"{key}.{name}", inside) for name, inside in value.items())
     else:
         yield key, value

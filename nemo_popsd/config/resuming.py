@@ -1,4 +1,4 @@
-"""Settings that may change when a run resumes from its checkpoint, and settings that would make it another run."""
+"""Which settings may change when a run is resumed from a checkpoint, and which would make it a different run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.settings.checks import shown
 
 _MOST_NAMED = 6
-"""Most settings that one message names."""
+"""Maximum number of settings named in one message."""
 
 FREE = (
     "name",
@@ -28,7 +28,7 @@ FREE = (
     "parallel",
     "data.train.path",  # may be moved; the rows must be the same
     "data.train.more_paths",
-    "data.train.answer_pattern",  # where a teacher sees the answers, the rows must be the same
+    "data.train.answer_pattern",  # if a teacher sees the answers, the rows must be the same
     "data.validation",
     "rollout.batch_rows",
     "rollout.cache_tokens",
@@ -64,19 +64,19 @@ FREE = (
     "evaluation",
     "observability",
 )
-"""Sections and settings that may change: they do not change what is trained, except for rounding and the number of
-steps. All others, future ones included, must stay the same."""
+"""Sections and settings that may change: they do not affect the trained weights, except for rounding and the number of
+steps. All others, including future ones, must stay the same."""
 
 
 def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
-    """Refuses to resume a run with settings that would make it another run.
+    """Refuse to resume a run with settings that would make it a different run.
 
     Args:
         old: configuration in the checkpoint.
         new: current configuration.
 
     Raises:
-        UserError: names the settings that differ and must not.
+        UserError: settings differ that must not; the message names them.
     """
     before, after = _flat(asdict(old)), _flat(asdict(new))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _is_free(key)]
@@ -93,11 +93,12 @@ def refuse_another_run(old: PopsdConfig, new: PopsdConfig) -> None:
 
 
 def with_decisions(config: PopsdConfig, earlier: PopsdConfig | None) -> PopsdConfig:
-    """`config` with what `parallel.sequence=auto` decides, for the record of a run.
+    """Return `config` with the resolved value of `parallel.sequence=auto`, for the record of a run.
 
     Args:
-        config: of this start.
-        earlier: of the run that it resumes, whose decision holds for as many tensor-parallel ranks; None for a new run.
+        config: configuration of this start.
+        earlier: configuration of the run that it resumes; its value applies to the same number of tensor-parallel
+            ranks. None for a new run.
     """
     parallel = config.parallel
     if parallel.sequence != "auto":
@@ -110,11 +111,11 @@ def with_decisions(config: PopsdConfig, earlier: PopsdConfig | None) -> PopsdCon
 DONE = "DONE"
 """File in `output` of a finished run; contains the number of its steps."""
 REQUEUE = "REQUEUE"
-"""File in `output` of a run that was requested to stop, has saved, and should be started again."""
+"""File in `output` of a run that stopped on request, has saved, and should be started again."""
 
 
 def finished_steps(output: str) -> int | None:
-    """Steps of the finished run in `output`; None if there is none or it is not finished."""
+    """Return the steps of the finished run in `output`; None if there is no finished run."""
     try:
         return int((Path(output) / DONE).read_text())
     except (OSError, ValueError):

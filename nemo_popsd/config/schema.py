@@ -20,17 +20,17 @@ from nemo_popsd.training.config import GuardConfig, TrainingConfig
 
 @dataclass(kw_only=True)
 class PopsdConfig:
-    """A run. Every key of `conf/*.yaml` is declared here or in a section; any other key is an error."""
+    """Configuration of a run. Every key of `conf/*.yaml` is declared here or in a section; other keys are errors."""
 
     name: Annotated[str, Text.NAME] = "popsd"
-    """Name of the run. A configuration without it has the name of its file, without `.yaml`."""
+    """Name of the run. If omitted, the name of the configuration file without `.yaml`."""
     output: Annotated[str, Text.PATH] = "runs/popsd"
-    """Directory for checkpoints, metrics and the resolved configuration. A configuration without it writes to
-    `runs/NAME`, where NAME is the run's name. It and all other relative paths are relative to the directory in which
-    `popsd` is started, not to that of the configuration."""
+    """Directory for checkpoints, metrics and the resolved configuration. If omitted, `runs/NAME`, where NAME is the
+    run's name. All relative paths are relative to the directory in which `popsd` is started, not to the directory of
+    the configuration."""
     overwrite: bool = False
-    """Start at step 1 if `output` has a run of nemo_popsd already (marked by `.nemo_popsd`): removes the files that the
-    run wrote and nothing else. If false, that run is resumed."""
+    """If `output` already contains a run of nemo_popsd (marked by `.nemo_popsd`), remove the files that the run wrote,
+    and nothing else, and start at step 1. If false, resume that run."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 1234
     """Seed of data order, rollouts and adapters. The random numbers do not depend on the parallel layout."""
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -46,13 +46,13 @@ class PopsdConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam, schedule, clipping."""
     fp8: FP8Config = field(default_factory=FP8Config)
-    """FP8 in the layers, by kind of pass."""
+    """FP8 in the layers, by type of pass."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     """Fields of megatron-core's configuration."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """Guards: quantities that the run monitors."""
+    """Guards: quantities that are monitored during the run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy, epistemic markers and response length on problem sets."""
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)

@@ -1,4 +1,4 @@
-"""Values of several sections that a lower package needs together. Imports no torch."""
+"""Combines values of several sections for lower packages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_popsd.distillation.target_families import FAMILIES
 
 
 def data_settings(config: PopsdConfig) -> DataConfig:
-    """The section `data`, with the view that the target's family determines, if it does."""
+    """Return the section `data`, with the view that the target family fixes, if any."""
     view = FAMILIES[config.distillation.target.family].view
     if view is None:
         return config.data
@@ -21,12 +21,12 @@ def data_settings(config: PopsdConfig) -> DataConfig:
 
 
 def with_view(config: PopsdConfig, view: str) -> PopsdConfig:
-    """`config` with this view of the privileged teacher, and of the reference-only teacher unless it has its own."""
+    """Return `config` with this view for the privileged teacher, and for the reference-only one if it has no view."""
     return replace(config, data=replace(config.data, privileged=replace(config.data.privileged, view=view)))
 
 
 def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
-    """The values of `config` that a diagnosis needs."""
+    """Return the values of `config` that a diagnosis needs."""
     return DiagnosisSettings(
         diagnosis=config.diagnosis,
         target=config.distillation.target,
@@ -42,10 +42,10 @@ def diagnosis_settings(config: PopsdConfig) -> DiagnosisSettings:
 
 
 def shares_prefixes(config: PopsdConfig) -> bool:
-    """Whether the frozen branches compute each distinct prefix once, where the layout can (`training.share_prefixes`).
+    """Whether the frozen branches compute each distinct prefix once, if the layout allows (`training.share_prefixes`).
 
-    `auto` shares where a row's sequences have most of their tokens in common. Elsewhere it would save little, and
-    would round differently.
+    `auto` enables sharing if the sequences of a row have most of their tokens in common. Otherwise sharing would save
+    little and change the rounding.
     """
     setting = config.training.share_prefixes
     if setting != "auto":

@@ -1,7 +1,7 @@
-"""Converting the text of a file or an override to a value, by the type of the setting and not by the form of the text.
+"""Converting the text of a file or an override to a value, by the type of the setting, not by the form of the text.
 
-YAML 1.1 reads `1:30` as 90, `010` as 8, `on` as true and `2026-11-28` as a date. Here a number is decimal, a
-Boolean is `true` or `false`, and for a text setting everything is text, as written.
+YAML 1.1 reads `1:30` as 90, `010` as 8, `on` as true and `2026-11-28` as a date. Here a number is decimal, a Boolean is
+`true` or `false`, and the value of a text setting is its literal text.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LONGEST_TEXT = 20_000
 _LONGEST = {Text.NAME: 200, Text.LINE: 2_000, Text.PATH: LONGEST_TEXT, Text.PROSE: LONGEST_TEXT}
 
 MISSING = "???"
-"""OmegaConf's mark of a missing value."""
+"""OmegaConf's marker for a missing value."""
 
 
 def read_scalar(hint: object, text: str) -> object:
-    """The value of an unquoted `text` for a setting of type `hint`.
+    """Parse an unquoted `text` as a value of type `hint`.
 
     Raises:
-        ValueError: it is not such a value.
+        ValueError: `text` is not a value of this type.
     """
     if text in _NULL:
         if is_optional(hint):
@@ -68,10 +68,10 @@ def read_scalar(hint: object, text: str) -> object:
 
 
 def from_plain(hint: object, value: object) -> object:
-    """`value`, of a type that YAML or an interpolation gives, converted to type `hint`.
+    """Convert `value`, as returned by YAML or an interpolation, to type `hint`.
 
     Raises:
-        ValueError: it has another type.
+        ValueError: `value` has another type.
     """
     if value is None and is_optional(hint):
         return None
@@ -80,7 +80,7 @@ def from_plain(hint: object, value: object) -> object:
         return [from_plain(get_args(hint)[0], item) for item in value]
     if is_mapping(hint) and isinstance(value, Mapping):
         return {str(key): from_plain(str, item) for key, item in value.items()}
-    if is_mapping(hint) and isinstance(value, list):  # names alone, as earlier versions wrote them
+    if is_mapping(hint) and isinstance(value, list):  # a list of names, as written by earlier versions
         return {str(from_plain(str, item)): "" for item in value}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return _as_float(value)
@@ -92,10 +92,10 @@ def from_plain(hint: object, value: object) -> object:
 
 
 def from_interpolation(hint: object, value: object) -> object:
-    """As `from_plain`, for the result of an interpolation: the text of a variable is read as if it were written there.
+    """Convert the result of an interpolation like `from_plain`; strings are parsed like literal values.
 
     Raises:
-        ValueError: it has another type.
+        ValueError: `value` has another type.
     """
     if get_origin(hint) is list and isinstance(value, list):
         return [from_interpolation(get_args(hint)[0], item) for item in value]
@@ -107,10 +107,10 @@ def from_interpolation(hint: object, value: object) -> object:
 
 
 def check_text(setting: str, value: str, rule: Text) -> str:
-    """`value`, with `~` expanded in a path, if its characters and length satisfy `rule`.
+    """Check characters and length of `value` against `rule`, and expand `~` in a path.
 
     Raises:
-        UserError: they do not.
+        UserError: `value` violates the rule.
     """
     allowed = "\t\n\r\u2028\u2029" if rule is Text.PROSE else "\t" if rule is Text.LINE else ""
     for character in value:
@@ -124,7 +124,7 @@ def check_text(setting: str, value: str, rule: Text) -> str:
 
 
 def describe(hint: object) -> str:
-    """A description, in words, of a value of type `hint` in a file."""
+    """Describe in words a value of type `hint` in a file."""
     if is_optional(hint):
         return " or ".join([describe(inner(hint)), "null"])
     if is_mapping(hint):
@@ -133,7 +133,7 @@ def describe(hint: object) -> str:
         item = get_args(hint)[0]
         examples = {int: "whole numbers, as in [1, 4]", float: "numbers, as in [0.1, 1]", str: "texts, as in [a, b]"}
         return f"a list of {examples[item]}"
-    return _NEEDS.get(hint, "a section with keys of its own")
+    return _NEEDS.get(hint, "a section with its own keys")
 
 
 def is_text(hint: object) -> bool:
@@ -142,7 +142,7 @@ def is_text(hint: object) -> bool:
 
 
 def is_mapping(hint: object) -> bool:
-    """Whether `hint` is a mapping of names, which the schema does not list, to texts."""
+    """Whether `hint` is a mapping from names that the schema does not list to strings."""
     return get_origin(hint) is dict
 
 
@@ -152,7 +152,7 @@ def is_optional(hint: object) -> bool:
 
 
 def inner(hint: object) -> object:
-    """`hint` without null."""
+    """Return `hint` without null."""
     return next(part for part in get_args(hint) if part is not type(None)) if is_optional(hint) else hint
 
 

@@ -20,9 +20,9 @@ def response_positions(prompt_length: int, response_length: int) -> slice:
     """Positions of the sequence whose hidden state predicts each response token, in response order.
 
     With prompt length P and response length R, the sequence has P + R positions, counted from 0. Response token i has
-    position P + i and is predicted at P + i - 1, so the slice is [P - 1, P + R - 1): R positions, the first of which is
-    the last prompt position. The state at the last response token predicts no token of the response. An empty response
-    gives an empty slice; a truncated response is aligned like any other.
+    position P + i and is predicted at P + i - 1, so the slice is [P - 1, P + R - 1): R positions, starting at the last
+    prompt position. The state at the last response token predicts no token of the response. An empty response gives an
+    empty slice; a truncated response is aligned like any other.
 
     Args:
         prompt_length: tokens of this context's prompt, at least 1.

@@ -12,19 +12,21 @@ from nemo_popsd.data.records import is_blank
 
 _ROLES = {"question": "user", "reference": "assistant"}
 _NO_ANSWERS = frozenset(("nan", "<na>"))
-"""Texts that pandas writes for a missing value."""
+"""Strings that pandas writes for a missing value."""
 
 
 def text_of(row: Mapping[str, object], column: str, *, field: str) -> str:
-    """The unchanged text of `column`. A column of chat messages must hold exactly one message of the field's role.
+    """Return the unchanged text of `column`.
+
+    A column of chat messages must contain exactly one message of the field's role.
 
     Args:
         row: the row.
-        column: its name; a dot separates a column from a field in it or from an index into a list.
+        column: name of the column; a dot separates a column from a field in it or from a list index.
         field: `question` (the user's message) or `reference` (the assistant's message).
 
     Raises:
-        MalformedError: the column is missing, empty, or holds something else.
+        MalformedError: the column is missing, empty, or of another type.
     """
     value = _cell(row, column)
     if isinstance(value, list):
@@ -33,10 +35,10 @@ def text_of(row: Mapping[str, object], column: str, *, field: str) -> str:
 
 
 def scalar_of(row: Mapping[str, object], column: str) -> str:
-    """The text or number of `column`, without outer spaces; a number in plain notation: 18, not 18.0 or 1e+16.
+    """Return the text of `column` without outer spaces, or its number in plain notation: 18, not 18.0 or 1e+16.
 
     Raises:
-        MalformedError: the column is missing, empty, not a number, or holds something else.
+        MalformedError: the column is missing, empty, NaN or infinite, or of another type.
     """
     value = _cell(row, column)
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
@@ -48,10 +50,10 @@ def scalar_of(row: Mapping[str, object], column: str) -> str:
 
 
 def view_of(row: Mapping[str, object], column: str) -> str:
-    """The text of `column`, its message of the assistant, or its number, whichever it holds.
+    """Return the text of `column`, its assistant message, or its number, by the type of its content.
 
     Raises:
-        MalformedError: the column is missing, empty, or holds something else.
+        MalformedError: the column is missing, empty, or of another type.
     """
     if isinstance(_cell(row, column), (str, list)):
         return text_of(row, column, field="reference")
@@ -96,7 +98,7 @@ def _field(value: object, field: str, where: str) -> object:
 
 
 def _message(messages: list[Any], column: str, field: str) -> object:
-    """The content of the only message with the role of `field`."""
+    """Return the content of the only message with the role of `field`."""
     role = _ROLES[field]
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if None in roles or not roles:

@@ -1,4 +1,4 @@
-"""The chat template: rendering and tokenising of prompts, and the assistant prefix in which they end."""
+"""The chat template: rendering and tokenising prompts, and the assistant prefix with which they end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Encoded(NamedTuple):
 
 
 class ChatFormat:
-    """One tokenizer's chat template with one system turn and one `enable_thinking`.
+    """The chat template of a tokenizer with a fixed system turn and a fixed `enable_thinking`.
 
     Attributes:
-        assistant_prefix: the text in which every prompt must end: what `add_generation_prompt` adds or, for
-            templates that ignore it, what follows the user's text.
+        assistant_prefix: the text with which every prompt must end: the text that `add_generation_prompt` adds or, for
+            templates that ignore it, the text after the user's text.
         ignores_thinking: the template renders the same text with `enable_thinking` on and off.
     """
 
@@ -37,8 +37,8 @@ class ChatFormat:
         """Determine the template's behaviour from probe conversations.
 
         Raises:
-            UserError: no chat template, one that cannot be rendered (with this system turn) or that has no
-                assistant prefix, or a tokenizer without character offsets.
+            UserError: the tokenizer has no chat template or no character offsets, or the template cannot be rendered
+                (with this system turn) or has no assistant prefix.
         """
         if not tokenizer.chat_template:
             raise UserError(
@@ -73,10 +73,10 @@ class ChatFormat:
         return self._render(user_turn, True, thinking=self.enable_thinking)
 
     def mark_in(self, text: str) -> str | None:
-        """The first control token that `text` contains and that could open or close a turn, or None.
+        """Return the first control token in `text` that could open or close a turn, or None.
 
         Control tokens are the tokenizer's special tokens and every added token that the chat template writes, whether
-        or not the tokenizer declares it special. The two around a thought are excluded: a reference may quote them.
+        or not the tokenizer declares it special. The thought tags are excluded, because a reference may quote them.
         """
         present = next((mark for mark in self._marks if mark in text), None)
         if present is None and self._normalizer is not None and not text.isascii():
@@ -85,11 +85,11 @@ class ChatFormat:
         return present
 
     def beyond(self, vocab_size: int) -> dict[int, str]:
-        """The tokens without an embedding in a model with `vocab_size` embeddings, by id."""
+        """Return the tokens without an embedding in a model with `vocab_size` embeddings, by id."""
         return {token_id: token for token, token_id in self._tokenizer.get_vocab().items() if token_id >= vocab_size}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokenise `texts` in one batch, without truncation and without a BOS, which the chat template writes."""
+        """Tokenise `texts` in one batch, without truncation and without adding a BOS (the chat template writes it)."""
         if not texts:
             return []
         batch = self._tokenizer(
@@ -107,9 +107,9 @@ class ChatFormat:
         ]
 
     def prefix_ids(self, text: str, encoded: Encoded) -> list[int] | None:
-        """Ids of the tokens of `text` that lie within its assistant prefix; None if it does not end in the prefix.
+        """Return the ids of the tokens inside the assistant prefix of `text`; None if `text` does not end with it.
 
-        A token that straddles the prefix's start belongs to the user's text and is left out.
+        A token that crosses the start of the prefix belongs to the user's text and is excluded.
         """
         if not text.endswith(self.assistant_prefix):
             return None
@@ -122,7 +122,7 @@ class ChatFormat:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
         system = {"role": "system", "content": "."}
         for messages in ([question], [question, answer, question], [question, answer], [system, question]):
-            # A template may refuse a system turn, or an answer at the end.
+            # A template may refuse a system turn or a final answer.
             with contextlib.suppress(UserError):
                 written.append(self._apply(messages, True, thinking=self.enable_thinking))
         special = [token for token in self._tokenizer.all_special_tokens if token.strip()]
@@ -160,7 +160,7 @@ class ChatFormat:
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
             )
-        # A template is a program, which may raise other errors than those of jinja2.
+        # A template is a program and may raise errors that are not from jinja2.
         except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(
                 "chat template",

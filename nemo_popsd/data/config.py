@@ -14,9 +14,9 @@ from nemo_popsd.settings.checks import one_of, pattern
 class ColumnsConfig:
     """The column of the file for each field of a record.
 
-    A dot separates a column from a field in it (`reward_model.ground_truth`) or from an index into a list
-    (`messages.0.content`). A column of chat messages, each with `role` and `content`, may hold question or reference:
-    the question is then the only message of the user, the reference the only one of the assistant.
+    A dot separates a column from a field in it (`reward_model.ground_truth`) or from a list index
+    (`messages.0.content`). Question and reference may be columns of chat messages, each with `role` and `content`: the
+    question is then the only user message, the reference the only assistant message.
     """
 
     id: str | None = None
@@ -24,7 +24,7 @@ class ColumnsConfig:
     question: str = "question"
     """Column with the problem statement."""
     reference: str | None = "reference"
-    """Column with the reference solution that the teachers see; null (evaluation only) means none."""
+    """Column with the reference solution that the teachers see; null (only for evaluation) means no reference."""
     answer: str | None = None
     """Column with the final answer, for evaluation, the view `answer` and `train/accuracy`; null extracts it from the
     reference by `answer_pattern`."""
@@ -35,15 +35,16 @@ class SourceConfig:
     """One data set: JSONL or Parquet files, a saved `datasets` directory, or `nemo_popsd:NAME` for an embedded one."""
 
     path: Annotated[str, Text.PATH] = ""
-    """A file; a pattern of files (`data/train-*.parquet`); a directory that holds the files of one split, directly or
-    in `data`, or that `datasets` saved; `nemo_popsd:tiny_train` or `nemo_popsd:tiny_validation`; empty means none."""
+    """A file; a pattern of files (`data/train-*.parquet`); a directory that contains the files of one split, directly
+    or in `data`, or that `datasets` saved; `nemo_popsd:tiny_train` or `nemo_popsd:tiny_validation`; empty means no
+    data."""
     more_paths: Annotated[list[str], Text.PATH] = field(default_factory=list)
     """Further files, patterns or directories with the same columns, read after `path`."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     """Column mapping."""
     answer_pattern: str | None = None
     """Regular expression with one group; its last match in the reference is the final answer (GSM8K: `####\\s*(.+)`).
-    Only if `columns.answer` is null."""
+    Requires `columns.answer=null`."""
     limit: Annotated[int | None, Bounds(1, 10**12)] = None
     """Read only the first `limit` rows."""
 
@@ -77,15 +78,16 @@ class TemplatesConfig:
     question_block: Annotated[str, Text.PROSE] = "Problem: {question}\n\n"
     """The only difference between the two teachers' prompts."""
     order: str = "question_first"
-    """What comes first in `teacher`: `question_first`, the question block, as in OPSD (the paper does not state its
-    order), or `reference_first`, the reference, so that both teachers' prompts begin with the same tokens and
-    `training.share_prefixes` computes the reference once. The default `teacher` has this order; another one must."""
+    """The first part of `teacher`. `question_first`: the question block, as in OPSD (the paper does not state its
+    order). `reference_first`: the reference, so that both teachers' prompts begin with the same tokens and
+    `training.share_prefixes` computes the reference once. The default `teacher` follows this setting; a custom
+    `teacher` must have the same order."""
     teacher: Annotated[str, Text.PROSE] = DEFAULT_TEACHERS["question_first"]
-    """Body shared by both teachers; must not refer to the problem, which the reference-only teacher does not see."""
+    """Body shared by both teachers. It must not refer to the problem, which the reference-only teacher does not see."""
     without_reference: Annotated[str, Text.PROSE] = (
         "{question_block}Please reason step by step, and put your final answer within \\boxed{}."
     )
-    """Body of a teacher whose view is `none`. With the default, the privileged teacher's turn is the student's."""
+    """Body of a teacher whose view is `none`. With the default, the privileged teacher's turn equals the student's."""
     system: Annotated[str | None, Text.PROSE] = None
     """System turn shared by all four contexts; null means none."""
 
@@ -97,15 +99,16 @@ class TemplatesConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """The view of a row that a teacher sees in addition to the question, and whether its prompt enables thinking."""
+    """The part of a row that a teacher sees in addition to the question, and whether its prompt enables thinking."""
 
     view: Annotated[str | None, Text.NAME] = None
     """`solution`, `answer` (only the final answer: `columns.answer`, or `answer_pattern` in the reference), `other`
     (another row's solution), `none` (nothing), or the name of a column of the file. null: the privileged teacher sees
-    `solution`, the reference-only teacher the privileged one's view."""
+    `solution`, and the reference-only teacher has the privileged teacher's view."""
     enable_thinking: bool | None = None
-    """Passed to the chat template. null: the privileged teacher's is `data.enable_thinking`, the reference-only
-    teacher's is the privileged one's. The families `purified` and `student_pmi` need one value for all contexts."""
+    """Passed to the chat template. null: the privileged teacher uses `data.enable_thinking`, and the reference-only
+    teacher uses the privileged teacher's value. The families `purified` and `student_pmi` need one value for all
+    contexts."""
 
 
 @dataclass(kw_only=True)
@@ -119,25 +122,26 @@ class DataConfig:
     templates: TemplatesConfig = field(default_factory=TemplatesConfig)
     """The user turns of the contexts."""
     enable_thinking: bool = True
-    """Whether the prompt of student and base asks for thinking, in rollouts and evaluation, too. Passed to the chat
+    """Whether the prompt of student and base enables thinking, also in rollouts and evaluation. Passed to the chat
     template; templates that ignore it are reported."""
     privileged: TeacherConfig = field(default_factory=TeacherConfig)
     """The privileged teacher."""
     reference_only: TeacherConfig = field(default_factory=TeacherConfig)
     """The reference-only teacher, or the second context of the family."""
     max_prompt_tokens: Annotated[int, Bounds(1, 10**7)] = 2048
-    """Maximum length of the student prompt in tokens, chat template included. `overlong_rows` applies to longer ones:
-    a question is never truncated."""
+    """Maximum length of the student prompt in tokens, chat template included. `overlong_rows` applies to longer
+    prompts: a question is never truncated."""
     max_reference_tokens: Annotated[int, Bounds(1, 10**7)] = 8192
-    """Maximum length of the reference text in tokens. `long_references` applies to longer ones."""
+    """Maximum length of the reference text in tokens. `long_references` applies to longer references."""
     long_references: str = "truncate"
-    """`truncate` (at the end, identically in both teacher contexts, counted), `drop`, or `error`."""
+    """References above `max_reference_tokens`: `truncate` (at the end, identically in both teacher contexts, counted),
+    `drop` (the row, counted), or `error`."""
     overlong_rows: str = "drop"
     """Rows whose prompt exceeds `max_prompt_tokens`: `drop` (counted) or `error`."""
     malformed_rows: str = "error"
     """Rows that cannot be read or lack a question or reference: `error` (file, line, reason) or `skip` (counted)."""
     shuffle: bool = True
-    """Shuffle the training rows in each epoch, by the seed."""
+    """Shuffle the training rows in each epoch, with an order that depends on the seed."""
 
     def __post_init__(self) -> None:
         one_of("data.long_references", self.long_references, ("truncate", "drop", "error"))

@@ -10,7 +10,7 @@ The reference is a view of the row (`nemo_popsd.data.views`), by default its sol
 row's reference in one context (`Borrowed`).
 
 The same response ids continue each prompt (`nemo_popsd.data.alignment`). All prompts with the same `enable_thinking`
-end in the same assistant prefix. Only the reference is ever truncated, before both teachers' turns are made.
+end in the same assistant prefix. Only the reference may be truncated, before both teachers' turns are built.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from nemo_popsd.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BATCH = 64  # texts tokenised per call: enough to occupy the cores, few enough to keep the offsets in memory
-_MOST_TOKENS_PER_CHARACTER = 4  # a byte-level tokenizer makes at most one token of each UTF-8 byte
+_BATCH = 64  # texts tokenised per call: enough to use all cores, few enough to keep the offsets in memory
+_MOST_TOKENS_PER_CHARACTER = 4  # a byte-level tokenizer produces at most one token per UTF-8 byte
 _MERGE_SLACK = 16  # tokens by which a joined text may exceed the sum of its pieces
 
 
 class Borrowed(StrEnum):
-    """The context of a row that holds the reference of another row."""
+    """The context of a row that contains the reference of another row."""
 
     NONE = ""
     """The paper's contexts."""
@@ -49,7 +49,7 @@ class Borrowed(StrEnum):
 
 @dataclass(frozen=True)
 class Contexts:
-    """Token ids of one row's prompts, none of them empty, each ending in the assistant prefix."""
+    """Token ids of one row's prompts. Each is non-empty and ends in the assistant prefix."""
 
     student: list[int]
     """Question; shared by student and base."""
@@ -58,25 +58,25 @@ class Contexts:
     reference: list[int]
     """Reference alone; see `Borrowed`."""
     reference_text: str
-    """The row's own text in the privileged teacher's view, as it was shown; empty for the view `none`."""
+    """The row's own text in the privileged teacher's view, as shown to the teacher; empty for the view `none`."""
     reference_truncated: bool
-    """Whether a text of the record is longer than what a teacher sees of it."""
+    """Whether a teacher sees a truncated text."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedRow:
-    """A record within the limits, with what the teachers see of it."""
+    """A record within the limits, with the texts that the teachers see."""
 
     record: Record
     texts: Mapping[str, str]
-    """`Views.texts` by view, truncated to the limit; empty in an evaluation."""
+    """Text by view (`Views.texts`), truncated to the limit; empty in an evaluation."""
     reference_truncated: bool
     """Whether a text was truncated."""
     student_length: int
-    """Tokens of the student's prompt."""
+    """Length of the student's prompt in tokens."""
 
     def text(self, view: str) -> str:
-        """The row's own text in `view`; empty for `none`."""
+        """Return the row's own text in `view`; empty for `none`."""
         return "" if view == NONE else self.texts[SOLUTION if view == OTHER else view]
 
 
@@ -90,7 +90,7 @@ class Misfit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A record that the settings drop or skip."""
+    """A record that is dropped or skipped because of the settings."""
 
     record: Record
     why: Misfit
@@ -98,23 +98,23 @@ class RejectedRow:
 
 
 class ContextBuilder:
-    """Makes the contexts of records, for one tokenizer and one data configuration.
+    """Builds the contexts of records for one tokenizer and one data configuration.
 
     Attributes:
-        assistant_prefix: the text in which the student's prompt ends, and every other with the same thinking.
-        views: what the teachers see.
-        template_ignores_thinking: `enable_thinking` has no effect (also logged once, as a warning).
-        longest_context: a bound on the length in tokens of any prompt, reference included. Adding the response limit
-            gives the longest sequence of the training.
+        assistant_prefix: the text with which the student's prompt ends, and every other prompt with the same thinking.
+        views: the views of the teachers.
+        template_ignores_thinking: whether `enable_thinking` has no effect (also logged once, as a warning).
+        longest_context: upper bound of the length of any prompt in tokens, reference included. Adding the response
+            limit gives the longest training sequence.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, vocab_size: int | None = None
     ) -> None:
-        """Check the templates and the chat template, with probe texts only.
+        """Check the templates and the chat template with probe texts.
 
         Args:
-            tokenizer: of the student.
+            tokenizer: the student's tokenizer.
             config: the section `data`.
             vocab_size: number of embeddings of the student; None skips the check of token ids.
 
@@ -148,7 +148,7 @@ class ContextBuilder:
             with_reference: False ignores references, as evaluation does.
 
         Raises:
-            UserError: naming the row, for a misfit whose setting is `error`, a missing reference, a token without an
+            UserError: names the row; for a misfit whose setting is `error`, a missing reference, a token without an
                 embedding, or a student prompt that does not end in the assistant prefix.
         """
         rows: list[FittedRow | RejectedRow] = []
@@ -167,20 +167,20 @@ class ContextBuilder:
         return rows
 
     def lent_views(self, borrowed: Borrowed = Borrowed.NONE) -> set[str]:
-        """The views whose text a context takes from another row."""
+        """Return the views whose text comes from another row."""
         views = {Borrowed.PRIVILEGED: self.views.privileged, Borrowed.SECOND: self.views.reference}
         return {view for name, view in views.items() if view == OTHER or (borrowed is name and view != NONE)}
 
     def contexts(self, row: FittedRow, borrowed: Borrowed = Borrowed.NONE, other: FittedRow | None = None) -> Contexts:
-        """Token ids of one fitted row.
+        """Return the token ids of one fitted row.
 
         Args:
             row: the row.
-            borrowed: the context that holds the reference of `other`.
-            other: another row; required where there are `lent_views`.
+            borrowed: the context that contains the reference of `other`.
+            other: another row; required if `lent_views` is not empty.
 
         Raises:
-            UserError: naming the row, if prompts of the same thinking do not end in the same assistant prefix, both
+            UserError: names the row, if prompts with the same thinking do not end in the same assistant prefix, both
                 teachers have the same prompt, the chat template altered the question or the reference, or a prompt is
                 longer than `longest_context`.
         """
@@ -223,10 +223,10 @@ class ContextBuilder:
         )
 
     def build(self, record: Record) -> Contexts:
-        """Contexts of one record: `fit`, then `contexts`.
+        """Return the contexts of one record: `fit`, then `contexts`.
 
         Raises:
-            UserError: as those two, and for a row that the settings drop or skip.
+            UserError: as `fit` and `contexts`, and for a row that is dropped or skipped.
         """
         row = self.fit([record])[0]
         if isinstance(row, RejectedRow):
@@ -234,7 +234,7 @@ class ContextBuilder:
         return self.contexts(row)
 
     def student_prompt(self, record: Record) -> list[int]:
-        """Token ids of the student's prompt only, for evaluation; limits are not checked (see `fit`)."""
+        """Return the token ids of the student's prompt, for evaluation; limits are not checked (see `fit`)."""
         return self._chat.encode([self._student_text(record)])[0].ids
 
     def _student_text(self, record: Record) -> str:
@@ -245,7 +245,7 @@ class ContextBuilder:
         return text
 
     def _require_prefixes(self, record: Record, texts: Sequence[str], encoded: Sequence[Encoded]) -> None:
-        """Every prompt ends in its format's assistant prefix, in the same tokens as others of the same format."""
+        """Require every prompt to end in its format's assistant prefix, with equal tokens for prompts of one format."""
         tails = [
             chat.prefix_ids(text, prompt) for chat, text, prompt in zip(self._formats, texts, encoded, strict=True)
         ]
@@ -254,7 +254,7 @@ class ContextBuilder:
             raise self._prefix_mismatch(record, texts, tails)
 
     def _truncate(self, references: Sequence[str]) -> list[tuple[str, int]]:
-        """For each text: the text truncated to the limit, and its original number of tokens (0: certainly within)."""
+        """Return each text, truncated to the limit, with its original number of tokens (0: surely within the limit)."""
         limit = self._config.max_reference_tokens
         long = [i for i, text in enumerate(references) if len(text) * _MOST_TOKENS_PER_CHARACTER > limit]
         truncated = [(text, 0) for text in references]
@@ -262,15 +262,15 @@ class ContextBuilder:
             text = references[index]
             tokens = len(encoded.ids)
             while len(encoded.ids) > limit:
-                # The first removed token may start inside the last character, which is then removed too. In rare
-                # cases the remaining text tokenises into more than `limit` tokens again.
+                # The first removed token may start inside the last character, which is then also removed. In rare cases
+                # the remaining text again has more than `limit` tokens.
                 text = text[: min(encoded.starts[limit], len(text) - 1)]
                 encoded = self._chat.encode([text])[0]
             truncated[index] = (text, tokens)
         return truncated
 
     def _judge(self, record: Record, length: int, seen: Mapping[str, tuple[str, int]]) -> FittedRow | RejectedRow:
-        """`seen` has the text of each view, truncated, and its number of tokens before."""
+        """Accept or reject a record. `seen` has the truncated text of each view and its original number of tokens."""
         config = self._config
         texts = {view: text for view, (text, _) in seen.items()}
         tokens = max((count for _, count in seen.values()), default=0)
@@ -318,14 +318,14 @@ class ContextBuilder:
         return RejectedRow(record, why, f"row {record.id}: {detail}")
 
     def _empty_prompts(self) -> list[str]:
-        """The three prompts of a row without any text, the second context with the question block that it may have."""
+        """Return the three prompts of a row without text; the second context includes the question block."""
         templates, views = self._config.templates, (self.views.privileged, self.views.reference)
         turns = [student_turn(templates, question="")]
         turns += [teacher_turn(templates, question="", reference=None if view == NONE else "") for view in views]
         return [chat.render(turn) for chat, turn in zip(self._formats, turns, strict=True)]
 
     def _longest_context(self) -> int:
-        """The tokens of the empty templates plus the maximum that question and reference can add."""
+        """Return the tokens of the empty templates plus the maximum that question and reference can add."""
         templates, config = self._config.templates, self._config
         student, *teachers = (len(encoded.ids) for encoded in self._chat.encode(self._empty_prompts()))
         longest = [config.max_prompt_tokens]
@@ -351,12 +351,12 @@ class ContextBuilder:
 
 
 def _column(view: str) -> str:
-    """Name of the text of `view` in messages."""
+    """Return the name of the text of `view` in messages."""
     return {SOLUTION: "reference", ANSWER: "answer"}.get(view, f"column {view}")
 
 
 def _text_of(record: Record, view: str) -> str:
-    """The text of `record` in one of `Views.texts`."""
+    """Return the text of `record` in one of `Views.texts`."""
     text = {SOLUTION: record.reference, ANSWER: record.answer}.get(view, record.columns.get(view))
     if text is None:
         raise UserError(

@@ -1,7 +1,7 @@
 """Prepared rows for training, and prompts with answers for evaluation.
 
-All rows are read and checked before any model is loaded; those of large files are not kept (`nemo_popsd.data.rows`). A
-row is tokenised when it is visited: the token ids of 20,000 rows with long references would take gigabytes of Python
+All rows are read and checked before any model is loaded; rows of large files are not kept (`nemo_popsd.data.rows`). A
+row is tokenised when a step visits it: the token ids of 20,000 rows with long references would take gigabytes of Python
 integers on every rank, while tokenising one row takes milliseconds.
 """
 
@@ -49,7 +49,7 @@ class EvaluationPrompt:
 
 
 class PromptDataset(Dataset[PromptRow]):
-    """Fitted rows by index, in file order; the contexts are made on each access and are deterministic."""
+    """Fitted rows by index, in file order; contexts are built on each access and are deterministic."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class PromptDataset(Dataset[PromptRow]):
         return self._rows.ids
 
     def records(self) -> Iterator[Record]:
-        """The records of all rows, in order; no contexts are made."""
+        """Yield the records of all rows, in order, without building contexts."""
         return (row.record for row in self._rows)
 
     def data_digest(self) -> str:
-        """SHA-256 over id, question, reference and what else the training depends on of every row, in order.
+        """Return a SHA-256 over id, question, reference and all other texts used in training of every row, in order.
 
-        Independent of the path of the files.
+        It does not depend on the paths of the files.
         """
         digest = hashlib.sha256()
         views = [view for view in self.builder.views.texts if view != SOLUTION]
@@ -94,10 +94,10 @@ class PromptDataset(Dataset[PromptRow]):
         return digest.hexdigest()
 
     def by_id(self, row_id: str) -> PromptRow:
-        """The row with this id.
+        """Return the row with this id.
 
         Raises:
-            KeyError: no row has it.
+            KeyError: no row has this id.
         """
         if self._indices is None:
             self._indices = {name: index for index, name in enumerate(self._rows.ids)}
@@ -109,7 +109,7 @@ class PromptDataset(Dataset[PromptRow]):
         return PromptRow(row.record, self.builder.contexts(row, self._borrowed, other))
 
     def _lender(self, index: int) -> int:
-        """Index of the row that lends its texts to row `index`: deterministic, and with other texts."""
+        """Return the index of the row whose texts row `index` uses: deterministic, with different texts."""
         row, count = self._rows[index], len(self._rows)
         first = int.from_bytes(hashlib.sha256(row.record.id.encode()).digest()[:8], "big") % count
         for offset in range(count):
@@ -124,7 +124,7 @@ class PromptDataset(Dataset[PromptRow]):
         )
 
     def index(self, row_id: str) -> int | None:
-        """Index of the row with this id; None if there is none."""
+        """Return the index of the row with this id; None if there is none."""
         return next((index for index, name in enumerate(self._rows.ids) if name == row_id), None)
 
 
@@ -137,20 +137,20 @@ def build_dataset(
     vocab_size: int | None = None,
     need_answer: bool = False,
 ) -> tuple[PromptDataset, DataReport]:
-    """Read and check the rows of `source`; the report is logged as one line.
+    """Read and check the rows of `source`, and log the report as one line.
 
     Every rank calls this with the same arguments and gets the same rows in the same order; no collectives.
 
     Args:
         config: the section `data`.
-        source: to read.
-        tokenizer: of the student.
-        borrowed: the context of a row that holds another row's reference.
+        source: the source to read.
+        tokenizer: the student's tokenizer.
+        borrowed: the context of a row that contains another row's reference.
         vocab_size: number of embeddings of the student; None skips the check of token ids.
         need_answer: whether the training depends on the answers, so that every row must have one.
 
     Raises:
-        UserError: from reading, from the templates, for a misfit whose setting is `error`, or if no row is left.
+        UserError: reading fails, the templates are invalid, a misfit has the setting `error`, or no row is left.
     """
     builder = ContextBuilder(tokenizer, config, vocab_size=vocab_size)
     rows, report = _fitted_rows(config, source, builder, evaluation=False, need_answer=need_answer)
@@ -170,7 +170,7 @@ def build_dataset(
 def build_evaluation_prompts(
     config: DataConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
 ) -> tuple[list[EvaluationPrompt], DataReport]:
-    """Read rows with answers and make the student's prompts; references are not needed and are ignored.
+    """Read rows with answers and build the student's prompts; references are ignored.
 
     Raises:
         UserError: as `build_dataset`, and for a row without a final answer (per `malformed_rows`).
@@ -220,7 +220,7 @@ def _fitted_rows(
 def _fit(
     located: Iterator[Located], builder: ContextBuilder, *, with_reference: bool
 ) -> Iterator[tuple[Located, FittedRow | RejectedRow]]:
-    """Each record with the result of its fit; few records are in memory at a time."""
+    """Yield each record with the result of its fit; at most `BATCH` records are in memory."""
     while batch := list(islice(located, BATCH)):
         fitted = builder.fit([one.record for one in batch], with_reference=with_reference)
         yield from zip(batch, fitted, strict=True)

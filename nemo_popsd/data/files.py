@@ -28,7 +28,7 @@ _SHOWN = 8
 
 
 def resolve_path(path: str, *, setting: str) -> Path:
-    """The file or directory that `path` names; ``nemo_popsd:NAME`` is an embedded data set.
+    """Return the file or directory that `path` names; ``nemo_popsd:NAME`` is an embedded data set.
 
     Raises:
         UserError: `path` is empty, does not exist, or is neither a regular file nor a directory.
@@ -61,15 +61,15 @@ def resolve_path(path: str, *, setting: str) -> Path:
 
 
 def source_files(paths: Sequence[str], *, setting: str) -> list[Path]:
-    """The files, or directories that `datasets` saved, that hold the rows of a source, in the order of reading.
+    """Return the files with the rows of a source, in reading order; a directory that `datasets` saved counts as one.
 
     Args:
         paths: each a file, a pattern with ``*``, ``?`` or ``[...]``, or a directory.
         setting: dotted name of the source in the configuration, for messages.
 
     Raises:
-        UserError: a path or a shard is missing, is not a regular file or is named twice, or a directory holds other
-            files than those of one split in one format.
+        UserError: a path or a shard is missing, is not a regular file or is named twice, or a directory contains data
+            files of several splits or formats.
     """
     files = [file for path in paths for file in _files(path, setting)]
     seen: set[Path] = set()
@@ -81,7 +81,7 @@ def source_files(paths: Sequence[str], *, setting: str) -> list[Path]:
 
 
 def row_names(files: Sequence[Path]) -> list[str]:
-    """The name of each file in the ids of its rows: a single file's name, or paths below the common directory."""
+    """Return the name of each file for row ids: the name of a single file, or paths below the common directory."""
     if len(files) == 1:
         return [files[0].name]
     shared = os.path.commonpath([file.absolute().parent for file in files])
@@ -126,7 +126,7 @@ def _of_pattern(path: str, setting: str) -> list[Path]:
 
 
 def _of_directory(directory: Path, setting: str) -> list[Path]:
-    """The data files in a directory, or in its `data`, the layout of the Hub."""
+    """Return the data files in a directory, or in its subdirectory `data` as on the Hub."""
     files: list[Path] = []
     for folder in (directory, directory / "data"):
         if folder.is_dir():

@@ -6,15 +6,15 @@ from nemo_popsd.errors import UserError
 
 
 def refuse_beyond_positions(positions: int | None, longest: int, settings: str) -> None:
-    """Refuses sequences that are longer than the model has positions.
+    """Refuse sequences that are longer than the model's number of positions.
 
     Args:
-        positions: `max_position_embeddings` of the model; None refuses nothing.
+        positions: `max_position_embeddings` of the model; None skips the check.
         longest: number of tokens of the longest context, response included.
-        settings: names of the settings that limit it.
+        settings: names of the settings that limit `longest`.
 
     Raises:
-        UserError: `longest` exceeds the positions.
+        UserError: `longest` exceeds `positions`.
     """
     if positions is not None and longest > positions:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Locates the model in `student.source`: embedded, on disk, or in the local cache of the Hugging Face Hub.
+"""Location of the model named by `student.source`: embedded, on disk, or in the local cache of the Hugging Face Hub.
 
 Nothing is downloaded.
 """
@@ -15,16 +15,15 @@ from nemo_popsd.errors import UserError
 
 _HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)")
 _FOLDERS = ("models", "runs", "checkpoints", "data", "output", "outputs")
-"""First parts of what is rather a path that does not exist than the id of a model on the Hub."""
+"""First parts that indicate a missing path rather than a Hub id."""
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
 
 def model_path(source: str) -> Path:
-    """The path of a model: that of an embedded one, of a complete snapshot in the Hub's cache, or `source` itself.
+    """Return the path of an embedded model, of a complete snapshot in the Hub's cache, or `source` itself.
 
     Args:
-        source: ``nemo_popsd:NAME``, a path, or an id of the Hub such as ``Qwen/Qwen3-8B``, which counts if no such path
-            exists.
+        source: ``nemo_popsd:NAME``, a path, or a Hub id such as ``Qwen/Qwen3-8B``; an existing path takes precedence.
 
     Raises:
         UserError: no embedded model has that name.
@@ -39,7 +38,7 @@ def model_path(source: str) -> Path:
 
 
 def missing_model(source: str, *, setting: str) -> UserError:
-    """The error for a `source` that names no model on this machine, with the line that downloads it."""
+    """Return the error for a `source` without a model on this machine, with the command that downloads it."""
     need = f"a Hugging Face directory, a NeMo checkpoint, the id of a model in the Hub's cache or {PREFIX}tiny_reasoner"
     if not source:
         return UserError("configuration", got=f"{setting}=''", need=need, fix=f"set {setting}")
@@ -62,7 +61,7 @@ def _cache() -> Path:
 
 
 def _snapshot(name: str) -> Path | None:
-    """The snapshot in the Hub's cache to which the branch `main` points; None if there is none."""
+    """Return the snapshot of branch `main` in the Hub's cache; None if there is none."""
     if not _HUB_ID.fullmatch(name):
         return None
     folder = _cache() / f"models--{name.replace('/', '--')}"
@@ -75,7 +74,7 @@ def _snapshot(name: str) -> Path | None:
 
 
 def _lacks(snapshot: Path) -> str:
-    """The first file that a snapshot lacks, since a download may have been interrupted; "" if it is complete."""
+    """Return the first missing file of a snapshot (after an interrupted download); "" if it is complete."""
     names = ["config.json", "tokenizer_config.json"]
     if (snapshot / _INDEX).exists():
         try:

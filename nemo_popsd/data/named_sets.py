@@ -18,11 +18,11 @@ class NamedSet:
     """A published problem set."""
 
     problems: int
-    """Number of problems; a set with another number is refused."""
+    """Number of problems; a set with a different number is refused."""
     repositories: tuple[tuple[str, str], ...]
-    """Data sets of the Hugging Face Hub that hold it, each with the split, in the order of the search."""
+    """Hugging Face Hub data sets that contain it, each with the split, in search order."""
     answer_pattern: str | None = None
-    """Regular expression for the answer in the column `answer`; None: the column is the answer."""
+    """Regular expression for the answer in the column `answer`; None means that the column is the answer."""
 
 
 NAMED_SETS: Mapping[str, NamedSet] = {
@@ -45,14 +45,14 @@ _SUFFIXES = (".jsonl", ".parquet", ".arrow", "")
 
 
 def named_source(name: str, directory: str = "") -> SourceConfig:
-    """The published set `name` as a source of rows with answers.
+    """Return the published set `name` as a source of rows with answers.
 
     The search order is: `<directory>/<name>.jsonl`, `.parquet`, `.arrow`, or a directory that `datasets` saved; the
     Arrow files that `datasets` prepares (below `HF_DATASETS_CACHE`); files that the Hub client downloaded (below
     `HF_HUB_CACHE`). Columns are found by their usual names.
 
     Raises:
-        UserError: it is in none of these places (all are named), or the file has no column of a known name.
+        UserError: the set is not found (the message names all locations), or the file has no column of a known name.
     """
     known = NAMED_SETS[name]
     searched: list[str] = []
@@ -71,17 +71,17 @@ def named_source(name: str, directory: str = "") -> SourceConfig:
 
 
 def own_source(name: str, path: str, like: SourceConfig) -> SourceConfig:
-    """The user's set `name` at `path`, a file, pattern or directory, as a source of rows with answers.
+    """Return the user's set `name` at `path` as a source of rows with answers.
 
-    Its columns are those of `like` if it has them all, otherwise they are found by their usual names.
+    The columns are those of `like` if the file has them all; otherwise they are found by their usual names.
 
     Args:
-        name: in `evaluation.sets`.
-        path: as `data.validation.path`.
+        name: key in `evaluation.sets`.
+        path: a file, pattern or directory, as for `data.validation.path`.
         like: the section `data.validation`.
 
     Raises:
-        UserError: no file, or no column of a known name.
+        UserError: there is no file, or no column of a known name.
     """
     setting = f"evaluation.sets.{name}"
     first = source_files([path], setting=setting)[0]
@@ -95,10 +95,10 @@ def own_source(name: str, path: str, like: SourceConfig) -> SourceConfig:
 
 
 def refuse_another_size(name: str, problems: int) -> None:
-    """Refuse rows whose number differs from that of the named set.
+    """Refuse a number of rows that differs from that of the named set.
 
     Raises:
-        UserError: states both numbers.
+        UserError: the numbers differ; the message states both.
     """
     if problems != NAMED_SETS[name].problems:
         raise UserError(
@@ -114,7 +114,7 @@ def _in_directory(name: str, directory: str) -> list[Path]:
 
 
 def _cached(known: NamedSet) -> Iterator[Path]:
-    """Files in the caches; for a cache without one, the pattern of the search."""
+    """Yield the files in the caches; for a cache without a match, the search pattern."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
     downloaded = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()

@@ -1,4 +1,4 @@
-"""Questions that occur again: duplicates within a data set, and leaks from one into another.
+"""Repeated questions: duplicates within a data set, and overlap between data sets.
 
 Two questions are the same if they differ only in white space and case. A paraphrase is not detected.
 """
@@ -14,7 +14,7 @@ from nemo_popsd.data.records import Record
 
 @dataclass(frozen=True)
 class Repetition:
-    """A row whose question an earlier row has, too."""
+    """A row that repeats the question of an earlier row."""
 
     row: str
     """Id of the row."""
@@ -26,7 +26,7 @@ class Repetition:
 
 @dataclass
 class Questions:
-    """The questions of one data set. Holds 16 bytes and an id of each row, not its text."""
+    """The questions of one data set. Stores two hashes of 16 bytes and an id per question, not its text."""
 
     repetitions: list[Repetition] = field(default_factory=list)
     """Rows that repeat a question, in order."""
@@ -34,7 +34,7 @@ class Questions:
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Questions:
-        """The questions of `records`."""
+        """Collect the questions of `records`."""
         questions = cls()
         for record in records:
             key, answer = _key(record.question), _key(f"{record.reference}\0{record.answer}")
@@ -46,7 +46,7 @@ class Questions:
         return questions
 
     def shared_with(self, other: Questions) -> list[tuple[str, str]]:
-        """Ids of the rows here and in `other` that have the same question, in the order of `other`."""
+        """Return pairs of ids (here, in `other`) of rows with the same question, in the order of `other`."""
         return [(self._rows[key][0], row) for key, (row, _) in other._rows.items() if key in self._rows]
 
 

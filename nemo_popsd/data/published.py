@@ -1,8 +1,8 @@
-"""Published data sets as rows: which columns of each layout hold question, reference and answer.
+"""Conversion of published data sets to rows: the columns of each layout with question, reference and answer.
 
-The layouts are those of the repositories on the Hugging Face Hub as they were in November 2026. A layout has one or
-several forms, distinguished by their columns. A form gives the row of this package for each published row, or None
-for a row that is not mathematics.
+The layouts are those of the repositories on the Hugging Face Hub in November 2026. A layout has one or several forms,
+distinguished by their columns. A form converts each published row to a row of this package, or to None if the row is
+not mathematics.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _INSTRUCTIONS = (
     re.compile(r"^Return your final response within \\boxed\{\}\.\s*"),
     re.compile(r"\s*Please reason step by step, and put your final answer within \\boxed\{\}\.?\s*$"),
 )
-"""Sentences around a published question that the template `data.templates.student` states itself."""
+"""Sentences around a published question that the template `data.templates.student` already contains."""
 _TAGS = {
     "<|begin_of_thought|>": "<think>",
     "<|end_of_thought|>": "</think>",
     "<|begin_of_solution|>": "",
     "<|end_of_solution|>": "",
 }
-"""Tags of OpenThoughts and what they become."""
+"""Tags of OpenThoughts with their replacements."""
 _MATHEMATICS = "math"
-"""Value of the column `domain`."""
+"""Value of the column `domain` for mathematics."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Form:
     """One form of a layout."""
 
     columns: tuple[str, ...]
-    """Columns by which the form is recognised."""
+    """Columns that identify the form."""
     row: Callable[[Published], Rows | None]
-    """The row with `question` and, where they are published, `id`, `reference` and `answer`; None leaves it out.
-    Raises `MalformedError`."""
+    """Returns the row with `question` and, if published, `id`, `reference` and `answer`; None drops the row. Raises
+    `MalformedError`."""
     optional: tuple[str, ...] = ()
     """Further columns that are read if the file has them."""
 
@@ -74,35 +74,35 @@ class ConversionReport:
     other: int = 0
     """Rows that are not mathematics."""
     malformed: int = 0
-    """Rows without a text that the layout needs."""
+    """Rows without a required text."""
     first_malformed: str = ""
-    """Why the first of these rows was left out."""
+    """Why the first malformed row was dropped."""
     columns: list[str] = field(default_factory=list)
     """Columns of the output, in their order."""
 
     def __str__(self) -> str:
         parts = [f"{self.written:,} of {self.read:,} rows written", f"columns {', '.join(self.columns)}"]
         if self.other:
-            parts.append(f"{self.other:,} left out, which are not mathematics")
+            parts.append(f"{self.other:,} dropped because they are not mathematics")
         if self.malformed:
-            parts.append(f"{self.malformed:,} malformed left out (first: {self.first_malformed})")
+            parts.append(f"{self.malformed:,} malformed and dropped (first: {self.first_malformed})")
         if (sampled := self.read - self.other - self.malformed - self.written) > 0:
             parts.append(f"{sampled:,} not in the sample")
         return "; ".join(parts)
 
 
 def convert(layout: str, paths: list[str], output: Path, *, rows: int | None = None, seed: int = 0) -> ConversionReport:
-    """Writes published rows as JSONL with the columns `id`, `question`, `reference` and `answer`, as far as they exist.
+    """Write published rows as JSONL with the columns `id`, `question`, `reference` and `answer` that exist.
 
-    One published row is in memory at a time; a sample reads the files twice. The file appears, or replaces an earlier
-    one, when it is complete.
+    One published row is in memory at a time; sampling reads the files twice. The output is written atomically: it
+    appears, or replaces an earlier file, when it is complete.
 
     Args:
         layout: one of `LAYOUTS`.
-        paths: files, patterns or directories, as `data.train.path` names them.
+        paths: files, patterns or directories, as for `data.train.path`.
         output: file to write.
-        rows: size of a random sample, in the order of the files; None means all.
-        seed: of the sample.
+        rows: size of a random sample, in file order; None means all rows.
+        seed: seed of the sample.
 
     Raises:
         UserError: a file is missing or has another layout, or no row is left.
@@ -136,13 +136,13 @@ def _lines(layout: str, files: list[Path], chosen: set[int] | None, report: Conv
         raise UserError(
             f"conversion of {', '.join(map(str, files))}",
             got=str(report),
-            need=f"rows of mathematics in the layout {layout}",
-            fix="give other files or another layout",
+            need=f"mathematics rows in the layout {layout}",
+            fix="pass other files or another layout",
         )
 
 
 def _converted(layout: str, files: list[Path]) -> Iterator[Rows | str | None]:
-    """For each published row: its conversion, None if it is left out, or the reason why it is malformed."""
+    """Yield the converted row for each published row, None if it is dropped, or the reason why it is malformed."""
     for file in files:
         present = column_names(file, _SETTING)
         form = next((form for form in LAYOUTS[layout].forms if set(form.columns) <= set(present)), None)
@@ -152,7 +152,7 @@ def _converted(layout: str, files: list[Path]) -> Iterator[Rows | str | None]:
                 str(file),
                 got=f"columns {', '.join(present) or '(none)'}",
                 need=f"columns {needed}, the layout {layout} ({', '.join(LAYOUTS[layout].repositories)})",
-                fix="give another layout, or map the columns by data.train.columns without a conversion",
+                fix="pass another layout, or map the columns with data.train.columns, without a conversion",
             )
         wanted = [*form.columns, *(name for name in form.optional if name in present)]
         for row in rows_of(file, wanted, _SETTING):
@@ -193,7 +193,7 @@ def _open_thoughts_conversations(row: Published) -> Rows | None:
     if row.get("domain", _MATHEMATICS) != _MATHEMATICS:
         return None
     question = text_of(turns[0], "value", field="question")
-    if "domain" not in row and not _INSTRUCTIONS[0].match(question):  # only mathematics asks for a box
+    if "domain" not in row and not _INSTRUCTIONS[0].match(question):  # only mathematics requests a boxed answer
         return None
     reference = text_of(turns[1], "value", field="reference")
     for tag, replacement in _TAGS.items():
@@ -222,7 +222,7 @@ def _gsm8k(row: Published) -> Rows:
 
 
 def _contest(identities: tuple[str, ...], problem: str, solution: str, answer: str) -> Form:
-    """A form of a contest's problems with their answers, and their solutions where they are published."""
+    """Return the form of a contest: problems with answers, and solutions if published."""
 
     def row(published: Published) -> Rows:
         present = [name for name in identities if published.get(name) is not None]

@@ -1,6 +1,6 @@
-"""Rows of one file, or of one directory that `datasets` saved; the content determines the format.
+"""Rows of one file, or of one directory that `datasets` saved. The content determines the format.
 
-Each row comes with its number, counted from 1, and is a mapping of columns or a `MalformedError` with the reason.
+Each row has a number, counted from 1, and is a mapping of columns or a `MalformedError` with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_LINE = 64 << 20
-"""Largest size in bytes of a line of JSONL; a longer one might not fit into memory."""
+"""Maximum size of a JSONL line in bytes; a longer line might not fit into memory."""
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGIC = b"\xff\xff\xff\xff"  # an Arrow stream, as `datasets` caches it
 _OTHER_FORMATS = {
@@ -44,12 +44,12 @@ class MalformedError(Exception):
 
 
 class Place(NamedTuple):
-    """Location of a row's line in its JSONL file."""
+    """Position of a row's line in a JSONL file."""
 
     offset: int
-    """Bytes before it."""
+    """Bytes before the line."""
     size: int
-    """Bytes of the line."""
+    """Length of the line in bytes."""
     check: int
     """CRC-32 of the line."""
 
@@ -62,19 +62,19 @@ class Row(NamedTuple):
     content: Mapping[str, object] | MalformedError
     """Columns of the row, or why it cannot be used."""
     place: Place | None = None
-    """Location from which the row can be read again; None for formats other than JSONL."""
+    """Position for reading the row again; None for formats other than JSONL."""
 
 
 def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
-    """The rows of `path`, with at least the requested columns.
+    """Yield the rows of `path`, with at least the requested columns.
 
     Args:
         path: a regular file, or a directory that `datasets` saved.
-        columns: requested columns, as the configuration names them: a dot separates a column from a field in it.
+        columns: requested columns, as in the configuration: a dot separates a column from a field in it.
         setting: dotted name of the source in the configuration, for messages.
 
     Raises:
-        UserError: it cannot be read, or lacks a column.
+        UserError: `path` cannot be read, or lacks a column.
     """
     if path.is_dir():
         return _saved_dataset_rows(path, columns, setting)
@@ -92,15 +92,15 @@ def rows_of(path: Path, columns: Sequence[str], setting: str) -> Iterator[Row]:
 
 
 def row_at(file: BinaryIO, place: Place, setting: str) -> Mapping[str, object]:
-    """The row at `place`, read again.
+    """Read the row at `place` again.
 
     Args:
-        file: of JSONL, open without a buffer's position in use: the position does not change.
-        place: as `rows_of` gave it.
+        file: an open JSONL file; its position does not change.
+        place: position returned by `rows_of`.
         setting: dotted name of the source in the configuration, for messages.
 
     Raises:
-        UserError: the file has another content there.
+        UserError: the content at this position has changed.
     """
     try:
         line = os.pread(file.fileno(), place.size, place.offset)
@@ -110,18 +110,18 @@ def row_at(file: BinaryIO, place: Place, setting: str) -> Mapping[str, object]:
     if not isinstance(row, dict):
         raise UserError(
             str(file.name),
-            got=f"another content at byte {place.offset:,} than when the run began",
+            got=f"different content at byte {place.offset:,} than at the start of the run",
             need="files that do not change during a run",
-            fix="put the old file back, and start the same command again",
+            fix="restore the old file and start the same command again",
         )
     return row
 
 
 def column_names(path: Path, setting: str) -> list[str]:
-    """Names of the columns of a file or directory that `rows_of` can read; for JSONL, those of its first row.
+    """Return the column names of a file or directory that `rows_of` can read; for JSONL, the columns of the first row.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: `path` cannot be read.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -152,7 +152,7 @@ def _first_bytes(path: Path, setting: str) -> bytes:
 
 
 def _jsonl_rows(path: Path, setting: str) -> Iterator[Row]:
-    """Lines are split at the newline byte only: a JSON string may contain U+2028 and similar characters."""
+    """Yield one row per line. Only the newline byte separates lines: a JSON string may contain U+2028 and the like."""
     try:
         with path.open("rb") as file:
             number = offset = 0
@@ -213,7 +213,7 @@ def _saved_dataset_rows(path: Path, columns: Sequence[str], setting: str) -> Ite
 
 
 def _saved_dataset(path: Path, setting: str) -> Dataset:
-    """The data set that `datasets` saved at `path`; the split `train` if there are splits."""
+    """Load the data set that `datasets` saved at `path`; the split `train` if there are splits."""
     if not is_saved_dataset(path):
         raise _unreadable(path, "a directory without the files that `datasets` saves", setting)
     from datasets import DatasetDict, load_from_disk
@@ -221,7 +221,7 @@ def _saved_dataset(path: Path, setting: str) -> Dataset:
     try:
         dataset = load_from_disk(str(path))
     except Exception as error:
-        # pyarrow, json and datasets raise unrelated types for a damaged directory.
+        # For a damaged directory, pyarrow, json and datasets raise unrelated exception types.
         raise _unreadable(path, error, setting) from None
     if not isinstance(dataset, DatasetDict):
         return dataset
@@ -236,7 +236,7 @@ def _saved_dataset(path: Path, setting: str) -> Dataset:
 
 
 def _present(path: Path, present: Iterable[str], columns: Sequence[str], setting: str) -> list[str]:
-    """The columns of the file that contain the requested ones.
+    """Return the columns of the file that contain the requested columns.
 
     Raises:
         UserError: a requested column is missing.

@@ -12,7 +12,7 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def is_blank(text: str) -> bool:
-    """Whether `text` is empty or consists of white space, controls and invisible characters."""
+    """Whether `text` is empty or consists of white space, control characters and invisible characters."""
     return all(unicodedata.category(character) in _INVISIBLE or character in _FILLERS for character in text)
 
 
@@ -26,7 +26,7 @@ class Record:
         reference: reference solution, verbatim, never blank. None only if the source declares that it has none
             (``columns.reference: null``), which is valid for evaluation but not for training.
         answer: final answer for scoring, stripped; None if the source has none.
-        columns: texts of the further columns that a teacher's view names, never blank.
+        columns: texts of the columns that are views of a teacher, never blank.
     """
 
     id: str

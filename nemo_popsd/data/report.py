@@ -18,9 +18,9 @@ class DataReport:
     rows_read: int = 0
     """Rows seen, up to the source's `limit`; blank lines are not rows."""
     malformed: int = 0
-    """Rows skipped because they could not be read, lack a field, or hold a token of the chat template."""
+    """Rows skipped because they cannot be read, lack a field, or contain a token of the chat template."""
     first_malformed: str | None = None
-    """Why the first of these rows was skipped."""
+    """Why the first malformed row was skipped."""
     references_truncated: int = 0
     """Kept rows whose reference text was truncated to `max_reference_tokens`."""
     long_references_dropped: int = 0
@@ -32,7 +32,7 @@ class DataReport:
     longest_prompt: int = 0
     """Longest student prompt that was kept, in tokens."""
     template_ignores_thinking: bool = False
-    """The chat template renders the same with `enable_thinking` on and off."""
+    """Whether the chat template renders the same text with `enable_thinking` on and off."""
 
     def skip(self, reason: str) -> None:
         """Count one malformed row and remember the first reason."""

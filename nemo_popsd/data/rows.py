@@ -1,7 +1,7 @@
-"""The fitted rows of a source: in memory, or of large JSONL files the places of their lines, which are read on access.
+"""The fitted rows of a source: in memory, or, for large JSONL files, the positions of lines that are read on access.
 
-Of a row on the disk, memory holds its id and about 40 bytes. Other formats have no cheap access to single rows; their
-rows are kept in memory.
+A row on disk needs memory for its id and about 40 bytes. Other formats have no cheap access to single rows; their rows
+are kept in memory.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from nemo_popsd.data.readers import Place
 from nemo_popsd.data.sources import Located, RecordReader
 
 IN_MEMORY_BYTES = 1 << 30
-"""Total size of the files of a source up to which all rows are kept in memory."""
+"""Maximum total size of a source's files for which all rows are kept in memory."""
 BATCH = 64
-"""Rows that are fitted together."""
+"""Number of rows that are fitted together."""
 
 
 class FittedRows(Sequence[FittedRow]):
-    """Rows that were read and fitted once. Those that are not kept are read and fitted again on access.
+    """Rows that were read and fitted once. Rows that are not in memory are read and fitted again on access.
 
     Attributes:
         ids: ids of the rows, in order.
     """
 
     def __init__(self, reader: RecordReader, builder: ContextBuilder, *, with_reference: bool = True) -> None:
-        """Holds no row.
+        """Start with no rows.
 
         Args:
-            reader: of the source.
-            builder: with which the rows are fitted.
-            with_reference: as the rows are fitted.
+            reader: reader of the source.
+            builder: builder that fits the rows.
+            with_reference: whether rows are fitted with their references.
         """
         self._with_reference = with_reference
         self.ids: list[str] = []
@@ -46,11 +46,11 @@ class FittedRows(Sequence[FittedRow]):
         self._offsets, self._sizes, self._checks = array("q"), array("q"), array("Q")
 
     def append(self, located: Located, row: FittedRow) -> None:
-        """Adds a row.
+        """Add a row.
 
         Args:
-            located: its record as it was read.
-            row: the result of its fit.
+            located: record of the row, with its position.
+            row: the fitted row.
         """
         place = located.place
         if self._keeps or place is None:

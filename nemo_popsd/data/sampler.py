@@ -1,4 +1,4 @@
-"""The rows of each step, as a function of (seed, step) only, so that a resumed run continues exactly."""
+"""Rows of each step as a function of (seed, step) only, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 class StepSampler(Sampler[list[int]]):
     """Infinite batch sampler: for each step, the row indices of this data-parallel rank.
 
-    The orders of the epochs are concatenated, and step s (counted from 0) takes positions [s·B, (s+1)·B) of the result,
+    The orders of the epochs are concatenated, and step s (counted from 0) uses positions [s·B, (s+1)·B) of the result,
     with B = prompts_per_step: every row is visited once per epoch, and a step may extend into the next epoch. Rank r of
-    D takes the r-th contiguous B/D of them, so the global batch is the same for any D.
+    D gets the r-th contiguous B/D of them, so the global batch is the same for any D.
 
-    Every iterator starts at `start_step`, independent of earlier iterators and of loaders that read ahead: the only
+    Every iterator starts at `start_step`, independent of earlier iterators and of loaders that prefetch: the only
     state is the number of completed steps, which the training loop keeps.
     """
 
@@ -35,7 +35,7 @@ class StepSampler(Sampler[list[int]]):
         dp_size: int = 1,
         start_step: int = 0,
     ) -> None:
-        """Fix the order.
+        """Set the order of the rows.
 
         Args:
             rows: size of the data set.
@@ -84,7 +84,7 @@ class StepSampler(Sampler[list[int]]):
         return self.global_batch(step)[self.dp_rank * share : (self.dp_rank + 1) * share]
 
     def epoch(self, step: int) -> int:
-        """The epoch, counted from 0, to which the first row of `step` belongs."""
+        """The epoch (counted from 0) of the first row of `step`."""
         return step * self.prompts_per_step // self.rows
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -97,13 +97,13 @@ class StepSampler(Sampler[list[int]]):
         if self._order is None or self._order[0] != epoch:
             order = list(range(self.rows))
             if self.shuffle:
-                # Seeding with a string goes through SHA-512: the orders of two epochs or seeds are unrelated, and do
-                # not depend on the platform or on the state of another generator.
+                # Python hashes a string seed with SHA-512: the orders of two epochs or seeds are unrelated and do not
+                # depend on the platform or on the state of another generator.
                 random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
 
 
 def collate(rows: Sequence[T]) -> list[T]:
-    """Returns the rows as a list; the trainer pads or packs them."""
+    """Return the rows as a list; the trainer pads or packs them."""
     return list(rows)

@@ -1,7 +1,7 @@
-"""Reading of records from the files of a source: JSONL, Parquet, or a data set that `datasets` saved.
+"""Reading records from the files of a source: JSONL, Parquet, or a data set that `datasets` saved.
 
-A defect of a file (missing file, missing column, unreadable) is always an error. `malformed_rows` applies to a defect
-of one row. Duplicate ids are always an error, since they would make logs ambiguous.
+A defect of a file (missing, unreadable, without a column) is always an error. `malformed_rows` applies to a defect of a
+single row. Duplicate ids are always an error, because they would make logs ambiguous.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_popsd.errors import UserError
 def check_source(
     source: SourceConfig, *, setting: str, need_reference: bool = True, need_answer: bool = False
 ) -> list[Path]:
-    """Checks the settings of `source` and returns its files; no row is read.
+    """Check the settings of `source` and return its files, without reading rows.
 
     Args:
         source: paths and columns of the rows.
@@ -33,7 +33,7 @@ def check_source(
         need_answer: refuse a source that declares no final answers.
 
     Raises:
-        UserError: nothing usable at the path, or a setting is missing or has no effect.
+        UserError: the path has no usable file, or a setting is missing or has no effect.
     """
     files = source_files([source.path, *source.more_paths], setting=setting)
     if need_reference and source.columns.reference is None:
@@ -56,21 +56,21 @@ def check_source(
 
 
 class Located(NamedTuple):
-    """A record and where its row lies."""
+    """A record with the position of its row."""
 
     record: Record
     file: int
-    """Index of the file of the row."""
+    """Index of the file."""
     number: int
     """Number of the row in its file, counted from 1."""
     place: Place | None
-    """Location from which the row can be read again; None for formats other than JSONL."""
+    """Position for reading the row again; None for formats other than JSONL."""
 
 
 class RecordReader:
-    """Reads the records of one source: all in order, or one again at its place.
+    """Reads the records of one source: all in order, or a single one again at its position.
 
-    Keeps the files open from which single records were read, so that they may be removed meanwhile.
+    Files from which single records were read stay open, so they may be removed during the run.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RecordReader:
         need_answer: bool = False,
         views: Sequence[str] = (),
     ) -> None:
-        """Checks the settings of `source`; reads no row.
+        """Check the settings of `source`, without reading rows.
 
         Args:
             source: paths and columns of the rows.
@@ -91,7 +91,7 @@ class RecordReader:
             malformed_rows: ``error`` or ``skip``; skipped rows are counted in the report.
             need_reference: refuse a source that declares no reference column.
             need_answer: a row without a final answer is malformed.
-            views: further columns, of which every row needs a text or a number.
+            views: further columns; every row needs a text or a number in each.
 
         Raises:
             UserError: as `check_source`.
@@ -108,7 +108,7 @@ class RecordReader:
         self._open: dict[int, BinaryIO] = {}
 
     def records(self) -> Iterator[Located]:
-        """All records, in file order.
+        """Yield all records, in file order.
 
         Raises:
             UserError: a column or an answer is missing, a row is malformed under ``error``, two rows share an id, or no
@@ -150,10 +150,10 @@ class RecordReader:
             raise UserError(source.path, got=got, need="at least one row", fix=fix)
 
     def read(self, file: int, number: int, place: Place) -> Record:
-        """The record of a row that `records` gave, read again.
+        """Read the record of a row again, at the position that `records` returned.
 
         Raises:
-            UserError: the file has another content there.
+            UserError: the content at this position has changed.
         """
         if file not in self._open:
             self._open[file] = self.files[file].open("rb", buffering=0)
@@ -181,7 +181,7 @@ def read_records(
     need_answer: bool = False,
     views: Sequence[str] = (),
 ) -> tuple[list[Record], DataReport]:
-    """All records of `source`, in file order; see `RecordReader`."""
+    """Return all records of `source`, in file order, and the report; see `RecordReader`."""
     reader = RecordReader(
         source,
         setting=setting,
@@ -194,7 +194,7 @@ def read_records(
 
 
 def _refuse_unused_pattern(source: SourceConfig, setting: str) -> None:
-    """Refuse a pattern for answers that would be ignored."""
+    """Refuse an answer pattern that would be ignored."""
     name = f"{setting}.answer_pattern"
     if source.columns.answer is not None:
         got = f"{name} together with {setting}.columns.answer={source.columns.answer!r}, which overrides it"

@@ -32,12 +32,12 @@ _RULES: dict[str, tuple[set[str], set[str]]] = {
 
 
 def placeholders(template: str) -> list[str]:
-    """Names of the placeholders in `template`, in order, with repetitions."""
+    """Return the names of the placeholders in `template`, in order, with repetitions."""
     return _PLACEHOLDER.findall(template)
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace the placeholders of `template` in one pass; `values` must contain every one that occurs."""
+    """Replace the placeholders of `template` in one pass; `values` must contain every placeholder that occurs."""
     return _PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
@@ -73,14 +73,14 @@ def check_templates(templates: TemplatesConfig) -> None:
         if phrase is not None:
             raise UserError(
                 "templates",
-                got=f"data.templates.{name} with the words {phrase.group()!r}",
+                got=f"data.templates.{name} with the phrase {phrase.group()!r}",
                 need="a body that does not refer to the problem, which the reference-only teacher does not see",
-                fix="move those words into data.templates.question_block",
+                fix="move the phrase into data.templates.question_block",
             )
 
 
 def _check_order(templates: TemplatesConfig) -> None:
-    """Refuse a teacher whose first placeholder is not the one that `order` names."""
+    """Refuse a `teacher` whose first placeholder contradicts `order`."""
     first = placeholders(templates.teacher)[0]
     order = "reference_first" if first == "reference" else "question_first"
     if order != templates.order:
@@ -93,12 +93,12 @@ def _check_order(templates: TemplatesConfig) -> None:
 
 
 def teacher_turn(templates: TemplatesConfig, *, question: str | None, reference: str | None) -> str:
-    """A teacher's user turn.
+    """Return a teacher's user turn.
 
     Args:
-        templates: of the run.
+        templates: templates of the run.
         question: None for the reference-only teacher, whose question block is empty.
-        reference: what it sees; None for nothing, which takes the body `without_reference`.
+        reference: the reference that the teacher sees; None selects the body `without_reference`.
     """
     block = "" if question is None else fill(templates.question_block, question=question)
     if reference is None:
@@ -107,7 +107,7 @@ def teacher_turn(templates: TemplatesConfig, *, question: str | None, reference:
 
 
 def student_turn(templates: TemplatesConfig, *, question: str) -> str:
-    """The user turn of the student and of the frozen base."""
+    """Return the user turn of the student and of the frozen base."""
     return fill(templates.student, question=question)
 
 

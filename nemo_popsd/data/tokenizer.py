@@ -1,4 +1,4 @@
-"""Loading of a tokenizer from local files, and the tokens at which a response ends."""
+"""Loading a tokenizer from local files, and the tokens that end a response."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _GENERIC = "PreTrainedTokenizerFast"
 
 
 def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreTrainedTokenizerBase:
-    """The fast tokenizer saved in directory `path`. Nothing is downloaded and no code from `path` is run.
+    """Load the fast tokenizer saved in directory `path`, without downloads and without running code from `path`.
 
     Args:
         path: directory in the Hugging Face layout, as transformers 4 or 5 writes it.
         setting: dotted name of `path` in the configuration, for messages.
 
     Raises:
-        UserError: no such directory, no tokenizer in it, or one that cannot be loaded.
+        UserError: the directory does not exist, or has no tokenizer that can be loaded.
     """
     directory = Path(path).expanduser()
     need = "a directory with tokenizer.json and tokenizer_config.json"
@@ -69,17 +69,17 @@ def load_tokenizer(path: str | Path, *, setting: str = "student.source") -> PreT
 
 
 def for_transformers_4(content: Mapping[str, Any], what: str) -> dict[str, object]:
-    """A ``tokenizer_config.json`` in the form that transformers 4 and 5 both read.
+    """Convert ``tokenizer_config.json`` to a form that both transformers 4 and 5 read.
 
-    Transformers 5 writes a list of special tokens under a key that holds an object in transformers 4, and the name of a
-    new class. The tokenisation itself depends on ``tokenizer.json`` only.
+    Transformers 5 writes a list of special tokens under a key that contains an object in transformers 4, and the name
+    of a new class. Tokenisation itself depends only on ``tokenizer.json``.
 
     Args:
-        content: of the file.
+        content: content of the file.
         what: owner of the file, for the message.
 
     Raises:
-        UserError: a tokenizer that does not consist of ``tokenizer.json``.
+        UserError: the tokenizer does not use ``tokenizer.json``.
     """
     translated = dict(content)
     extra = content.get("extra_special_tokens")
@@ -109,14 +109,14 @@ def _load(source: Path, directory: Path, need: str) -> PreTrainedTokenizerBase:
             str(source), local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:
-        # The tokenizer libraries raise bare Exception, KeyError, OSError and others for a damaged file.
+        # For a damaged file, the tokenizer libraries raise bare Exception, KeyError, OSError and others.
         reason = " ".join(f"{type(error).__name__}: {error}".replace(str(source), str(directory)).split())
         raise UserError(str(directory), got=reason, need=need, fix="repair or download the file again") from None
     return tokenizer
 
 
 def read_generation_config(path: str | Path) -> dict[str, object] | None:
-    """The content of ``generation_config.json`` in directory `path`; None if there is none.
+    """Return the content of ``generation_config.json`` in directory `path`; None if there is none.
 
     Raises:
         UserError: the file is not a JSON object.
@@ -131,16 +131,16 @@ def read_generation_config(path: str | Path) -> dict[str, object] | None:
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, object] | None = None
 ) -> tuple[int, ...]:
-    """Token ids that end a response, ascending: the union of the tokenizer's and the generation configuration's.
+    """Return the token ids that end a response, ascending: those of the tokenizer and of the generation configuration.
 
-    Chat models often stop at either of two tokens, only one of which the tokenizer names.
+    Chat models often stop at either of two tokens, and the tokenizer names only one of them.
 
     Args:
         tokenizer: its ``eos_token_id`` may be None.
         generation_config: its ``eos_token_id`` may be absent, None, a number or a list of numbers.
 
     Raises:
-        UserError: there is no stop token, so that every response would run to its limit; or one is not a token id.
+        UserError: there is no stop token, so every response would run to its limit; or a value is not a token id.
     """
     candidates: list[Any] = [tokenizer.eos_token_id]
     if generation_config is not None:
@@ -164,12 +164,12 @@ def refuse_tokens_beyond(
     """Refuse special tokens for which the model has no embedding.
 
     Args:
-        tokenizer: whose eos and pad tokens are checked.
-        generation_config: whose ``eos_token_id`` is checked.
+        tokenizer: its eos and pad tokens are checked.
+        generation_config: its ``eos_token_id`` is checked.
         vocab_size: number of embeddings.
 
     Raises:
-        UserError: names the token, its id and its source.
+        UserError: a token has no embedding; the message names the token, its id and its source.
     """
     special = [
         ("eos_token of the tokenizer", tokenizer.eos_token_id),

@@ -1,12 +1,9 @@
-"""Views: which part of a row the two teachers see beside the question.
+"""Views: the part of a row that the two teachers see in addition to the question.
 
-| view | text | read from |
-|---|---|---|
-| `solution` | the reference solution | `columns.reference` |
-| `answer` | the final answer alone | `columns.answer`, or `answer_pattern` in the reference |
-| `other` | the reference solution of another row, chosen by the row's id | `columns.reference` |
-| `none` | nothing: the template `without_reference` | |
-| any other name | the text or number of the column with this name | that column |
+| view | text | read from | |---|---|---| | `solution` | the reference solution | `columns.reference` | | `answer` |
+only the final answer | `columns.answer`, or `answer_pattern` in the reference | | `other` | the reference solution of
+another row, chosen by the row's id | `columns.reference` | | `none` | nothing: the template `without_reference` | | |
+any other name | the text or number of the column with this name | that column |
 """
 
 from __future__ import annotations
@@ -33,19 +30,19 @@ class Views:
 
     @classmethod
     def of(cls, config: DataConfig) -> Views:
-        """The views that the section `data` sets; the reference-only teacher's is by default the privileged one's."""
+        """Return the views of the section `data`; the reference-only teacher defaults to the privileged one's view."""
         privileged = config.privileged.view or SOLUTION
         return cls(privileged, config.reference_only.view or privileged)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The views of which every row needs a text of its own, in order; another row's solution is its own there."""
+        """The views for which every row needs its own text, in order; `other` requires the row's solution."""
         used = (SOLUTION if view == OTHER else view for view in (self.privileged, self.reference) if view != NONE)
         return tuple(dict.fromkeys(used))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are views."""
+        """The views that are columns of the file."""
         return tuple(view for view in self.texts if view not in _WITHOUT_COLUMN)
 
     @property

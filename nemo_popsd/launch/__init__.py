@@ -1,1 +1,1 @@
-"""Tasks for launchers that have an interface in Python; torchrun, srun and `slurm/` start the command itself."""
+"""Tasks for launchers with a Python interface; torchrun, srun and `slurm/` start the command directly."""

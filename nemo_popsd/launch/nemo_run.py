@@ -1,4 +1,4 @@
-"""NeMo-Run: a training as a task, and executors for this machine and for Slurm. Needs the package `nemo_run`.
+"""NeMo-Run: training as a task, and executors for this machine and for Slurm. Needs the package `nemo_run`.
 
     import nemo_run as run
     from nemo_popsd.launch.nemo_run import local_executor, train_recipe
@@ -6,7 +6,7 @@
     recipe = train_recipe("conf/tiny.yaml", output="/scratch/runs/tiny", overrides=["training.steps=10"])
     run.run(recipe, executor=local_executor(ranks=2))
 
-Both executors start the ranks by torchrun.
+Both executors start the ranks with torchrun.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TORCHRUN = "torchrun"
 
 
 def train(configuration: str, output: str, overrides: Sequence[str]) -> None:
-    """`popsd train`, in each rank of a task. Ends the process, with the exit status of the command.
+    """Run `popsd train` in each rank of a task, and end the process with the exit status of the command.
 
     Args:
         configuration: YAML file.
@@ -38,14 +38,14 @@ def train(configuration: str, output: str, overrides: Sequence[str]) -> None:
 
 
 def train_recipe(configuration: str, *, output: str, overrides: Sequence[str] = ()) -> run.Partial:
-    """A training as a task of NeMo-Run. The same task resumes the run in `output`, as the same command does.
+    """Return a training run as a NeMo-Run task. A repeated task resumes the run in `output`, like a repeated command.
 
-    The environment of the job needs `nemo_run`, too. `recipe.overrides` is a list, which the caller may extend.
+    The job's environment also needs `nemo_run`. The caller may extend the list `recipe.overrides`.
 
     Args:
-        configuration: YAML file. Its path, and those in it, are those that the job sees; if the file is readable here,
-            the configuration is checked.
-        output: absolute path of the run: a task of NeMo-Run has a new working directory at each submission.
+        configuration: YAML file. Its path and the paths in it are those inside the job. If the file exists here, the
+            configuration is checked.
+        output: absolute path of the run, because each submission of a NeMo-Run task has a new working directory.
         overrides: ``key=value``, as on the command line.
 
     Raises:
@@ -55,7 +55,7 @@ def train_recipe(configuration: str, *, output: str, overrides: Sequence[str] = 
         raise UserError(
             "train_recipe",
             got=f"output={output!r}",
-            need="an absolute path, on storage that the job sees",
+            need="an absolute path, on storage that the job can access",
             fix="set output",
         )
     if os.path.isfile(configuration):
@@ -64,19 +64,19 @@ def train_recipe(configuration: str, *, output: str, overrides: Sequence[str] = 
 
 
 def popsd_script(*arguments: str) -> run.Script:
-    """Any command as a task of NeMo-Run, such as ``popsd_script("report", "/runs/a", "/runs/b")``.
+    """Return any command as a NeMo-Run task, such as ``popsd_script("report", "/runs/a", "/runs/b")``.
 
     Args:
-        arguments: those of `popsd`, from the name of the command on.
+        arguments: arguments of `popsd`, starting with the name of the command.
     """
     return run.Script(path="nemo_popsd", m=True, entrypoint="python", args=list(arguments))
 
 
 def local_executor(*, ranks: int = 1, **options: Any) -> run.LocalExecutor:
-    """Starts the ranks on this machine, in the current directory, by the `torchrun` on the PATH.
+    """Start the ranks on this machine, in the current directory, with the `torchrun` on the PATH.
 
     Args:
-        ranks: processes, one for each GPU.
+        ranks: number of processes, one per GPU.
         options: further fields of `run.LocalExecutor`, such as ``env_vars``.
     """
     return run.LocalExecutor(ntasks_per_node=ranks, launcher=_TORCHRUN, **options)
@@ -94,17 +94,17 @@ def slurm_executor(
     retries: int = 0,
     **options: Any,
 ) -> run.SlurmExecutor:
-    """Submits a job that starts one torchrun on each node, with a rank for each GPU.
+    """Submit a job that starts one torchrun per node, with one rank per GPU.
 
     Args:
         account: `sbatch --account`.
         partition: `sbatch --partition`.
-        time: limit of the job, ``HH:MM:SS``.
-        nodes: nodes, each of them used by this job alone.
-        gpus_per_node: GPUs, and ranks, of a node.
+        time: time limit of the job, ``HH:MM:SS``.
+        nodes: number of nodes, which the job uses exclusively.
+        gpus_per_node: number of GPUs, and of ranks, per node.
         container_image: image for pyxis, such as ``/shared/me/nemo_popsd.sqsh``; None runs without a container.
-        container_mounts: ``/path`` or ``/path:/path/in/container`` of models, data and output.
-        retries: how often the job is requeued after a failure. The run then resumes from its newest checkpoint.
+        container_mounts: ``/path`` or ``/path:/path/in/container`` for models, data and output.
+        retries: maximum number of requeues after a failure. The run then resumes from its newest checkpoint.
         options: further fields of `run.SlurmExecutor`, such as ``tunnel``, ``packager``, ``env_vars``.
     """
     return run.SlurmExecutor(

@@ -1,4 +1,4 @@
-"""The NeMo model class, and how its parts are built from a configuration."""
+"""The NeMo model class, and the construction of its parts from a configuration."""
 
 from nemo_popsd.model.purified_opsd import PurifiedOPSDModel
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when to save, at most one save in flight, which old checkpoints to remove."""
+"""The checkpoints of a run: when to save, at most one save in flight, and removal of old checkpoints."""
 
 from __future__ import annotations
 
@@ -46,16 +46,18 @@ class RunCheckpoints:
         resumed: NemoCheckpoint | None,
         changes: Callable[[], Iterable[int]] = tuple,
     ) -> None:
-        """Reads nothing yet.
+        """Store the settings, without reading files.
 
         Args:
-            settings: when to save, and what to keep.
+            settings: when to save and which checkpoints to keep.
             output: directory of the run.
-            content: weights, optimizer and facts after the last completed step; the random state is added here.
+            content: returns weights, optimizer and facts after the last completed step; this class adds the random
+                state.
             completed_steps: returns the number of completed training steps.
-            stop: requests to stop, for which `maybe_save` raises.
+            stop: stop requests, for which `maybe_save` raises.
             resumed: the checkpoint from which the run continues.
-            changes: steps after which the run changed; a checkpoint from before each is kept (see `superfluous`).
+            changes: returns steps after which the run changed; a checkpoint from before each is kept (see
+                `superfluous`).
         """
         self._settings = settings
         self._output = Path(output)
@@ -72,13 +74,13 @@ class RunCheckpoints:
         self._reported: set[str] = set()
 
     def maybe_save(self) -> None:
-        """Between two steps: finishes a save that has been written, handles signals, saves if a checkpoint is due.
+        """Finish a written save, handle signals, and save a checkpoint if one is due; called between two steps.
 
-        Collectives: two all-reduces of one number, and another while a save is in flight.
+        Collectives: two all-reduces of one number, and one more while a save is in flight.
 
         Raises:
-            StopRequested: on every rank.
-            UserError, TransientError: on every rank: the output belongs to another run.
+            StopRequested: a stop was requested; on every rank.
+            UserError, TransientError: the output belongs to another run; on every rank.
             UserError: this save, or the one in flight, failed.
         """
         if self._resumed is not None:
@@ -94,24 +96,23 @@ class RunCheckpoints:
             self.save(name_of(steps))
 
     def after_step(self) -> None:
-        """Records the random state: a validation may follow, and a signal may interrupt it."""
+        """Record the random state: a validation may follow, and a signal may interrupt it."""
         self._random = capture_random_state()
 
     def after_validation(self) -> None:
-        """Restores the random state after the last step."""
+        """Restore the random state recorded after the last step."""
         if self._random:
             restore_random_state(self._random)
 
     def at_end(self) -> None:
-        """Records the random state for the final checkpoint, after the last step."""
+        """Record the random state for the final checkpoint, after the last step."""
         self._random = capture_random_state()
 
     def save(self, name: str) -> Path:
-        """Saves weights and training state after the last completed step, in the background if
-        `training.async_save` is set.
+        """Save weights and training state after the last completed step, in the background with `training.async_save`.
 
         Raises:
-            UserError: it, or the save in flight, failed; older checkpoints are unchanged.
+            UserError: this save, or the one in flight, failed; older checkpoints are unchanged.
         """
         self.wait()
         self._refuse_lost_lock()
@@ -130,19 +131,19 @@ class RunCheckpoints:
         return path
 
     def save_last_step(self) -> None:
-        """Saves the last completed step unless it has been saved."""
+        """Save the last completed step unless it has been saved."""
         if (steps := self._completed_steps()) > self._saved:
             self.save(name_of(steps))
         self.wait()
 
     def save_final(self) -> Path:
-        """Saves the final checkpoint, and waits for it."""
+        """Save the final checkpoint, and wait for it."""
         path = self.save(FINAL)
         self.wait()
         return path
 
     def wait(self) -> None:
-        """Waits for the save in flight; then updates the file `latest` and removes old checkpoints."""
+        """Wait for the save in flight, then update the file `latest` and remove old checkpoints."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -157,7 +158,7 @@ class RunCheckpoints:
         logger.info("checkpoint %s: %s", pending.path, pending.summary)
 
     def _refuse_lost_lock(self) -> None:
-        """Raises on all ranks if the output belongs to another run. One all-reduce of one number while it does not."""
+        """Raise on all ranks if the output belongs to another run. Otherwise one all-reduce of one number."""
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:
@@ -174,7 +175,7 @@ class RunCheckpoints:
         raise_on_all_ranks(f"output {self._output}", fail, need="a directory that can be read", fix="set output")
 
     def _flush_metrics(self) -> None:
-        """Flushes the metrics to disk before the checkpoint that relies on them."""
+        """Flush the metrics to disk before the checkpoint that relies on them."""
         metrics = self._output / FILE_NAME
         if metrics.is_file():
             flush_file(metrics)
@@ -203,14 +204,14 @@ class RunCheckpoints:
 def resume_optimizer(
     checkpoint: NemoCheckpoint, models: Sequence[ModelChunk], optimizer: StudentOptimizer, copies: Copies | None = None
 ) -> None:
-    """Restores optimizer, schedule and moving copies from `checkpoint`, which any layout may have written."""
+    """Restore optimizer, schedule and moving copies from `checkpoint`, which any layout may have written."""
     optimizer.resume(load_training_state(checkpoint.directory, models, optimizer.megatron, copies))
 
 
 def _restore_random_state(checkpoint: NemoCheckpoint) -> None:
-    """Called at the first boundary, not before: Lightning uses the generators while it sets up its loops.
+    """Restore the generators. Called at the first step boundary, because Lightning's set-up uses the generators.
 
-    In another layout the generators start from the seed again: rollouts, data order and adapters do not depend on them.
+    In another layout the generators start from the seed: rollouts, data order and adapters do not depend on them.
     """
     if checkpoint.manifest["layout"] == layout():
         load_random_state(checkpoint.directory)

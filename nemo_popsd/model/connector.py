@@ -27,21 +27,21 @@ class Saveable(Protocol):
 
     @property
     def settings(self) -> PopsdConfig:
-        """The configuration, which names what the model was read from."""
+        """The configuration, which names the source of the model."""
 
     def content(self) -> Content:
         """Weights and configuration, without training state."""
 
 
 class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc]  # NeMo has no types
-    """What `ModelPT.save_to` and `restore_from` call; every rank takes part in both."""
+    """Implements `ModelPT.save_to` and `restore_from`; both are collective over all ranks."""
 
     def save_to(self, model: Saveable, save_path: str) -> str:
-        """Writes a directory, or one packed file where `save_path` ends in `.nemo`: all weights, no training state.
+        """Write all weights, without training state, to a directory, or to one packed file if it ends in `.nemo`.
 
         Raises:
-            UserError: on every rank, if `save_path` is what the model was read from, or has files that this package
-                did not write.
+            UserError: `save_path` is the source of the model, or contains files that this package did not write; on
+                every rank.
         """
         refuse_overlap(
             Path(save_path), {"student.source": model_path(model.settings.student.source)}, setting="save_path"
@@ -60,9 +60,9 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc] 
         trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
     ) -> ModelPT | DictConfig:
-        """Builds a model from a checkpoint, in the layout of the configuration.
+        """Build a model from a checkpoint, in the layout of the configuration.
 
-        `map_location`, `strict` and `validate_access_integrity` are part of NeMo's signature and are not used: weights
+        `map_location`, `strict` and `validate_access_integrity` are part of NeMo's signature and not used: weights
         are loaded on the rank's device, and all of them must be present.
 
         Args:
@@ -71,7 +71,7 @@ class MegatronSaveRestoreConnector(SaveRestoreConnector):  # type: ignore[misc] 
             override_config_path: YAML file or tree whose values replace those of the checkpoint, such as `parallel`.
             map_location: not used.
             strict: not used.
-            return_config: return the configuration and build nothing.
+            return_config: return the configuration without building the model.
             trainer: passed to the model.
             validate_access_integrity: not used.
 

@@ -1,4 +1,4 @@
-"""The cost of a step compared with the plan: operations by the planner's formulas, divided by measured seconds."""
+"""The cost of a step compared with its estimate: the planner's FLOPs divided by the measured seconds."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PEAKS = {
     "A100": (312.0, 19.5),
     "B200": (2250.0, 75.0),
 }
-"""Dense peaks in TFLOP/s, in bf16 and fp32, by a part of the device's name (data sheets)."""
+"""Dense peaks in TFLOP/s, in bf16 and fp32, by a substring of the device's name (data sheets)."""
 PLANNED = "H100"
-"""The device whose links and memory `popsd plan` assumes by default, so that its seconds can be compared."""
+"""The device whose links and memory `popsd plan` assumes by default, so its seconds can be compared on this device."""
 
 
 def step_cost(config: PopsdConfig) -> Callable[[StepMetrics, Sequence[PromptRow]], StepMetrics]:
-    """`StepCost` for the device of this process; it changes nothing for a model that the planner does not know."""
+    """Return `StepCost` for the device of this process; for a model unknown to the planner, the identity."""
     try:
         sizes, _ = read_sizes(config.student.source)
     except UserError:
@@ -41,15 +41,15 @@ def step_cost(config: PopsdConfig) -> Callable[[StepMetrics, Sequence[PromptRow]
 
 
 class StepCost:
-    """Completes the measured metrics of each step with those that follow from the formulas of `popsd plan`."""
+    """Adds metrics from the formulas of `popsd plan` to the measured metrics of each step."""
 
     def __init__(self, config: PopsdConfig, sizes: ModelSizes, *, name: str) -> None:
-        """Keeps references only.
+        """Store the references.
 
         Args:
-            config: the run.
-            sizes: of its model.
-            name: of the device, as CUDA reports it; empty for a CPU.
+            config: configuration of the run.
+            sizes: sizes of its model.
+            name: name of the device, as reported by CUDA; empty for a CPU.
         """
         self._config = config
         self._sizes = sizes
@@ -58,11 +58,11 @@ class StepCost:
         self._is_planned = PLANNED in name
 
     def __call__(self, metrics: StepMetrics, rows: Sequence[PromptRow]) -> StepMetrics:
-        """The metrics with their cost, from the mean lengths of the step. No collective.
+        """Return the metrics with the cost for the mean lengths of the step. No collective.
 
         Args:
-            metrics: of the step.
-            rows: this rank's, whose prompts and references stand for those of all ranks.
+            metrics: metrics of the step.
+            rows: rows of this rank; their prompts and references represent those of all ranks.
         """
         if not rows:
             return metrics

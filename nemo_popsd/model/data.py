@@ -34,7 +34,7 @@ class TrainingData:
     sampler: StepSampler
     """Indices of this data-parallel rank's rows, step by step."""
     report: DataReport
-    """Numbers of kept, truncated and dropped rows."""
+    """Numbers of rows that were kept, truncated and dropped."""
 
     def loader(self) -> DataLoader[PromptRow]:
         """One batch per step: the rows of this data-parallel rank."""
@@ -55,14 +55,14 @@ def read_training_data(
     vocab_size: int,
     completed_steps: int,
 ) -> TrainingData:
-    """Reads, checks and measures the rows of `source`.
+    """Read and check the rows of `source`, and determine their lengths.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         source: usually `data.train`.
-        tokenizer: the student's.
-        vocab_size: the student's.
-        completed_steps: steps that have been trained; the loader starts after them.
+        tokenizer: the student's tokenizer.
+        vocab_size: the student's vocabulary size.
+        completed_steps: number of trained steps; the loader starts after them.
 
     Raises:
         UserError: see `build_dataset`.
@@ -91,15 +91,15 @@ def read_training_data(
 def read_validation_prompts(
     config: PopsdConfig, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int
 ) -> list[EvaluationPrompt]:
-    """The problems of `source`, at most `evaluation.problems`; the same on every rank.
+    """Read the problems of `source`, at most `evaluation.problems`; equal on all ranks.
 
     Raises:
-        UserError: too few problems for the data-parallel ranks; see also `build_evaluation_prompts`.
+        UserError: there are too few problems for the data-parallel ranks; see also `build_evaluation_prompts`.
     """
     prompts, _ = build_evaluation_prompts(config.data, source, tokenizer, vocab_size=vocab_size)
     prompts = prompts[: config.evaluation.problems]
     ranks = parallel_state.get_data_parallel_world_size()
-    equally = config.parallel.expert > 1  # ranks that share experts generate equally often
+    equally = config.parallel.expert > 1  # ranks that share experts must generate the same number of times
     if len(prompts) < ranks or (equally and len(prompts) % ranks):
         raise UserError(
             "data.validation",
@@ -111,14 +111,14 @@ def read_validation_prompts(
 
 
 def validation_loader(prompts: Sequence[EvaluationPrompt], batch_rows: int) -> DataLoader[EvaluationPrompt]:
-    """This data-parallel rank's share of `prompts`, in batches of at most `batch_rows`."""
+    """Load this data-parallel rank's share of `prompts`, in batches of at most `batch_rows`."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own: Any = prompts[rank::ranks]
     return DataLoader(own, batch_size=batch_rows, collate_fn=collate)
 
 
 def as_source(config: SourceConfig | DictConfig) -> SourceConfig:
-    """`config` as a `SourceConfig`; NeMo's set-up methods pass a tree."""
+    """Convert `config` to a `SourceConfig`; NeMo's set-up methods pass a tree."""
     if isinstance(config, SourceConfig):
         return config
     source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), config))
@@ -127,15 +127,15 @@ def as_source(config: SourceConfig | DictConfig) -> SourceConfig:
 
 
 def refuse_other_rows(checkpoint: NemoCheckpoint, digest: str) -> None:
-    """Refuses to resume on rows that differ from those of the run that wrote `checkpoint`.
+    """Refuse to resume with rows that differ from those of the run that wrote `checkpoint`.
 
     Raises:
-        UserError: `digest` is not that of its training rows.
+        UserError: `digest` differs from the digest in the checkpoint.
     """
     if checkpoint.manifest["data"] != digest:
         raise UserError(
             "resuming",
             got="training rows that differ from those that the run started with",
-            need=f"the same rows, in any place (they were in {checkpoint.config.data.train.path!r})",
+            need=f"the same rows, at any path (they were in {checkpoint.config.data.train.path!r})",
             fix="set data.train.path, or output for another run, or overwrite=true to start again at step 1",
         )

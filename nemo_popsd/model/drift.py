@@ -1,4 +1,4 @@
-"""Acts on alarms of `nemo_popsd.training.drift` in a run that Lightning drives."""
+"""Handles alarms of `nemo_popsd.training.drift` in a Lightning run."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ logger = logging.getLogger(__name__)
 
 
 class DriftGuard(Callback):
-    """Watches the metrics of a run, warns, tells which checkpoints to keep, and ends the run between two steps.
+    """Monitors the metrics of a run: logs warnings, selects checkpoints to keep, and ends the run between two steps.
 
-    The metrics of a step are the same on every rank, so every rank finds the same alarms without a collective. A run
-    that is resumed continues the watch from its metrics file.
+    The metrics of a step are equal on all ranks, so every rank finds the same alarms without a collective. A resumed
+    run restores the state of the detector from its metrics file.
     """
 
     def __init__(self, settings: DriftConfig, output: str | Path) -> None:
-        """Reads nothing yet."""
+        """Store the settings, without reading files."""
         self._settings = settings
         self._output = Path(output)
         self._watch: DriftWatch | None = None
         self._stops: list[Alarm] = []
 
     def __call__(self, step: int, metrics: Mapping[str, float], loggers: Sequence[Logger]) -> None:
-        """Takes metrics of a step before they are written; the first call reads those of earlier steps. Collective.
+        """Process the metrics of a step before they are written; the first call reads earlier steps. Collective.
 
-        An alarm goes to the loggers directly: Lightning would repeat at every later step what was logged at one.
+        An alarm is passed directly to the loggers, because Lightning would repeat its value at every later step.
         """
         if self._watch is None:
             self._watch = self._resumed()
@@ -49,18 +49,20 @@ class DriftGuard(Callback):
                 self._stops.append(alarm)
 
     def changes(self) -> list[int]:
-        """The last step before each change whose checkpoint is kept: changes with an alarm, from the metrics file, and
-        changes that may become one, since the checkpoint from before must still exist by then.
+        """Return the last step before each change whose earlier checkpoint is kept.
+
+        Includes changes with an alarm (from the metrics file), and changes that may lead to an alarm, because the
+        checkpoint from before must still exist then.
         """
         names = [name for name in QUANTITIES if self._settings.action(name) in ("keep", "stop")]
         recorded = [int(abs(onset)) for name in names for onset in read_metric(self._output, PREFIX + name).values()]
         return recorded + [onset for name in names if self._watch for onset in self._watch.suspected(name)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Ends the run if an alarm asks for it: the metrics of its step have been written, and nothing is saved.
+        """End the run if an alarm requires it. The metrics of its step have been written; nothing is saved.
 
         Raises:
-            UserError: on every rank.
+            UserError: an alarm has the action `stop`; on every rank.
         """
         if not self._stops:
             return
@@ -74,7 +76,7 @@ class DriftGuard(Callback):
         )
 
     def _resumed(self) -> DriftWatch:
-        """A watch that has seen the metrics file. Collective: a gather and a broadcast of objects."""
+        """Build a detector from the metrics file. Collective: a gather and a broadcast of objects."""
         steps = from_rank_zero(
             f"metrics of {self._output}",
             lambda: read_steps(self._output, METRICS, PREFIX),

@@ -1,4 +1,4 @@
-"""The rollout engine that `rollout.engine` names, built from the student's parts."""
+"""Construction of the rollout engine selected by `rollout.engine`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def build_engine(
     longest: Callable[[], int],
     stop_requested: Callable[[], bool],
 ) -> RolloutEngine:
-    """The engine that generates from the student's live weights. Collective over the world; starts no server yet.
+    """Build the engine that generates from the student's live weights. Collective over the world; starts no server.
 
     Args:
-        settings: the run.
+        settings: configuration of the run.
         student: the model that generates.
-        architecture: its configuration and tokenizer files.
+        architecture: configuration and tokenizer files of the model.
         weights_version: returns the number of completed training steps.
         longest: returns the number of tokens of the longest expected sequence.
         stop_requested: see `StopSignals.while_decoding`.
@@ -60,7 +60,7 @@ def build_engine(
 
 
 def engine_name(settings: PopsdConfig) -> str:
-    """The engine as samples of an evaluation record it: another engine or precision generates other tokens."""
+    """Return the engine's name for samples of an evaluation: a different engine or precision gives different tokens."""
     vllm, precision = settings.rollout.vllm, settings.student.precision
     if settings.rollout.engine == "megatron":
         return f"Megatron, FP8 {settings.fp8.recipe}" if settings.fp8.rollouts else f"Megatron, {precision}"

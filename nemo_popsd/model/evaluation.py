@@ -1,4 +1,4 @@
-"""Evaluating the model in these processes: problem sets by command, and validation during a training run."""
+"""Evaluation of the model in these processes: problem sets of `popsd evaluate`, and validation during training."""
 
 from __future__ import annotations
 
@@ -48,26 +48,26 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The objects that generate the samples of an evaluation."""
+    """Generates the samples of an evaluation."""
 
     engine: RolloutEngine
-    """Generates from the current weights."""
+    """Engine that generates from the current weights."""
     engine_name: str
-    """Name of the engine that samples record."""
+    """Name of the engine in the records of samples."""
     sampling: SamplingParams
-    """How tokens are sampled."""
+    """Sampling parameters."""
     tokenizer: PreTrainedTokenizerBase
-    """The model's."""
+    """Tokenizer of the model."""
     student: Student
-    """The student, for the position of this rank among the ranks."""
+    """The model, for this rank's position among the ranks."""
     settings: EvaluationConfig
     """The section `evaluation`."""
     seed: int
     """Seed of the run."""
     batch_rows: int
-    """`rollout.batch_rows`: samples that are generated, and then written, together."""
+    """`rollout.batch_rows`: samples that are generated and then written together."""
     expert_parallel: bool
-    """Whether data-parallel ranks share experts, so that they must generate equally often."""
+    """Whether data-parallel ranks share experts and must therefore generate the same number of times."""
 
     @classmethod
     def of(
@@ -78,7 +78,7 @@ class Sampler:
         sampling: SamplingParams,
         tokenizer: PreTrainedTokenizerBase,
     ) -> Sampler:
-        """The sampler of a run, with the settings of `config`."""
+        """Build the sampler of a run from `config`."""
         return cls(
             engine=engine,
             engine_name=engine_name(config),
@@ -92,23 +92,23 @@ class Sampler:
         )
 
     def sample_settings(self, prompts: Sequence[EvaluationPrompt], *, model: str, digest: str) -> SampleSettings:
-        """Settings that determine the samples of `prompts` by the weights with this digest."""
+        """Return all settings on which samples of `prompts` from the weights with this digest depend."""
         return sample_settings(
             prompts, self.sampling, seed=self.seed, model=model, weights_digest=digest, engine=self.engine_name
         )
 
 
 def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, model: str, digest: str) -> None:
-    """Generates the samples that the sets lack, split over data-parallel replicas; each appends to its own file.
+    """Generate the missing samples of the sets, split over data-parallel replicas; each appends to its own file.
 
-    Samples are written whenever a replica has generated `rollout.batch_rows` of them. Collective over all ranks: one
-    gather and a broadcast of objects per set, and a barrier at the end.
+    A replica writes samples in batches of `rollout.batch_rows`. Collective over all ranks: one gather and a broadcast
+    of objects per set, and a barrier at the end.
 
     Args:
-        sampler: generates them.
-        problem_sets: the same on every rank.
-        model: path or name of the model, as samples record it.
-        digest: of its weights.
+        sampler: generates the samples.
+        problem_sets: problem sets, equal on all ranks.
+        model: path or name of the model, for the records of samples.
+        digest: digest of its weights.
 
     Raises:
         UserError: a set has samples that were generated with other settings.
@@ -124,7 +124,8 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
         own = missing[replica::replicas]
         requested = own
         if sampler.expert_parallel:
-            # Ranks that share experts generate equally often: one with fewer samples repeats one and discards it.
+            # Ranks that share experts generate the same number of times: with fewer samples, one is repeated and
+            # discarded.
             requested = own + missing[: len(missing[::replicas]) - len(own)]
         with problem_set.directory.append_to(replica) if student.is_replica_leader else nullcontext() as file:
             pace = Pace(len(own))
@@ -142,13 +143,13 @@ def generate_missing(sampler: Sampler, problem_sets: Sequence[ProblemSet], *, mo
 
 
 class Validation:
-    """The evaluation of `data.validation` during a training run: generated batch by batch, then concluded.
+    """The evaluation of `data.validation` during training: samples are generated in batches, then scored.
 
-    Written to `<output>/validation/step-NNNNNN` in the format of `nemo_popsd.evaluation.records`.
+    The result is written to `<output>/validation/step-NNNNNN` in the format of `nemo_popsd.evaluation.records`.
     """
 
     def __init__(self, sampler: Sampler, output: str | Path, *, check_lock: Callable[[], None]) -> None:
-        """Keeps references only.
+        """Store the references.
 
         Args:
             sampler: generates the samples.
@@ -162,7 +163,7 @@ class Validation:
         self._prompts: list[EvaluationPrompt] = []
 
     def answer(self, prompts: Sequence[EvaluationPrompt]) -> None:
-        """Generates responses to some of this replica's problems. Collective over the ranks that share the model."""
+        """Generate responses to some of this replica's problems. Collective over the ranks that share the model."""
         require_math_verify()
         sampler = self._sampler
         requests = missing_samples(prompts, sampler.settings.samples_per_problem)
@@ -172,23 +173,23 @@ class Validation:
         self._prompts += prompts
 
     def conclude(self, step: int) -> EvaluationSummary:
-        """Scores the samples of all replicas on rank 0 and returns their summary on every rank.
+        """Score the samples of all replicas on rank 0 and return their summary on every rank.
 
         Collective over all ranks: a barrier that waits for the slowest replica, a gather of objects over the
-        data-parallel group, a gather and a broadcast over all.
+        data-parallel group, and a gather and a broadcast over all ranks.
 
         Args:
             step: number of completed training steps.
 
         Raises:
-            UserError, TransientError: on every rank; the output belongs to another run or cannot be written.
+            UserError, TransientError: the output belongs to another run or cannot be written; on every rank.
         """
         wait_for_all()
         group = self._sampler.student.dp_group
         own, self._samples, self._prompts = (self._samples, self._prompts), [], []
         gathered: list[tuple[list[Sample], list[EvaluationPrompt]]] = [own] * group.size()
         dist.all_gather_object(gathered, own, group=group)
-        # Problems are dealt to the replicas in turn: interleaving restores their order in any layout.
+        # Problems are assigned to the replicas round-robin: interleaving restores their order in any layout.
         turns = zip_longest(*(part for _, part in gathered))
         prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
         place = {prompt.record.id: index for index, prompt in enumerate(prompts)}
@@ -224,7 +225,7 @@ def _samples_on_disk(problem_set: ProblemSet, wanted: SampleSettings) -> set[tup
 
 
 def remove_validations_after(output: Path, step: int) -> None:
-    """Removes a run's evaluations of weights after more than `step` steps; on one rank."""
+    """Remove a run's evaluations of weights after more than `step` steps. Called on one rank."""
     for path in (output / "validation").glob("step-*"):
         match = _STEP.fullmatch(path.name)
         if match and int(match[1]) > step:
@@ -232,8 +233,8 @@ def remove_validations_after(output: Path, step: int) -> None:
 
 
 def before_and_after(output: str, steps: int, *, resamples: int) -> str:
-    """The table of a run's evaluations before its first and after its last step; on one rank, from the disk."""
+    """Return the table of a run's evaluations before the first and after the last step, read from disk on one rank."""
     directories = {"before": validation_directory(output, 0), "after": validation_directory(output, steps)}
-    # A run that got validation problems only when it was resumed has no evaluation from before its first step.
+    # A run whose validation problems were added when it was resumed has no evaluation before the first step.
     present = {name: Evaluation.read(directory) for name, directory in directories.items() if directory.concluded}
     return comparison_table(present, resamples=resamples)

@@ -20,21 +20,21 @@ from nemo_popsd.parallel.launcher import read_launch
 
 
 def start_run(path: str | Path, overrides: Sequence[str]) -> tuple[PopsdConfig, Trainer]:
-    """Reads and checks a configuration, builds the trainer, and claims `output` for the run. Collective.
+    """Read and check a configuration, build the trainer, and reserve `output` for the run. Collective.
 
     Args:
         path: configuration file.
         overrides: ``key=value`` with dotted keys.
 
     Raises:
-        UserError: see `load_config` and `check_training_run`; or `output` has a run already.
+        UserError: see `load_config` and `check_training_run`; or `output` already contains a run.
     """
     config = with_decisions(load_config(path, overrides), None)
     check_training_run(config, world_size=read_launch().world_size)
     if holds_a_run(config.output):
         raise UserError(
             "configuration",
-            got=f"output={config.output!r}, which has a run",
+            got=f"output={config.output!r}, which contains a run",
             need="a directory for a new run",
             fix="set output, or resume or overwrite that run with `popsd train`",
         )

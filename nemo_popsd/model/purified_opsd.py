@@ -65,13 +65,13 @@ logger = logging.getLogger(__name__)
 class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     """Student, frozen base and data of a run, with NeMo's contract: set-up, steps, save and restore.
 
-    Connects the packages and contains no algorithm of its own. Every rank holds its part of the model; Megatron owns
+    Connects the packages and implements no algorithm itself. Every rank holds its part of the model; Megatron owns
     the process groups, so the Lightning trainer runs with one device per process and manual optimisation.
 
     Attributes:
         settings: the checked configuration.
         architecture: model and tokenizer files.
-        tokenizer: the student's.
+        tokenizer: the student's tokenizer.
         student: the live model and its frozen base.
         engine: generates responses from the live weights.
         sampler: generates samples for an evaluation.
@@ -79,9 +79,9 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         last_evaluation: result of the last validation, on every rank.
         stop: requests to save and stop.
         checkpoints: saves the run.
-        optimizer: of the student, once training has been set up.
-        base: source and digest of the initial weights, once training has been set up.
-        data_digest: identifies the training rows; empty without any.
+        optimizer: the student's optimizer, after training has been set up.
+        base: source and digest of the initial weights, after training has been set up.
+        data_digest: identifies the training rows; empty without training rows.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         checkpoint: NemoCheckpoint | None = None,
         resume: bool = False,
     ) -> None:
-        """Reads and checks the data, then builds the model. Collective over all ranks.
+        """Read and check the data, then build the model. Collective over all ranks.
 
         Args:
             cfg: a `PopsdConfig` tree (see `nemo_popsd.config.loading.to_dict_config`).
-            trainer: the trainer that will run it.
+            trainer: the trainer that will run the model.
             checkpoint: weights to continue from, instead of `student.source` (see `restore_from`).
-            resume: continue the run that wrote `checkpoint`: optimizer, schedule and random state too.
+            resume: continue the run that wrote `checkpoint`, with its optimizer, schedule and random state.
 
         Raises:
-            UserError: configuration, data or model do not fit, `checkpoint` is damaged, or was trained from another
+            UserError: configuration, data or model do not fit, or `checkpoint` is damaged or was trained from another
                 base or, when resuming, on other rows.
         """
         super().__init__(cfg=cfg, trainer=trainer)
@@ -120,7 +120,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             source = open_source(self.settings.student.source)
             self.architecture, load_initial = source.architecture, source.load
         self.tokenizer = load_tokenizer(self.architecture.directory, setting="student.source")
-        # Read now: a resumed run may remove the checkpoint that it starts from.
+        # Read now, because a resumed run may remove the checkpoint from which it starts.
         self._generation = read_generation_config(self.architecture.directory)
         refuse_tokens_beyond(self.tokenizer, self._generation, self.architecture.vocab_size)
         self.data_digest, self._longest = "", 0
@@ -144,7 +144,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             fp8=self.settings.fp8,
         )
         self.chunks = torch.nn.ModuleList(cast(list[torch.nn.Module], self.student.chunks))
-        # Kept for the temporary directory of a packed checkpoint, whose tokenizer files are needed.
+        # The reference keeps the temporary directory of a packed checkpoint, whose tokenizer files are needed.
         self._checkpoint, self._resumes = checkpoint, resume
         self.engine = build_engine(
             self.settings,
@@ -183,7 +183,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     # Data
 
     def setup_training_data(self, train_data_config: SourceConfig | DictConfig) -> None:
-        """Reads, checks and measures the training rows; each step takes this data-parallel rank's share."""
+        """Read and check the training rows, and set up the loader of this data-parallel rank's rows."""
         self.training_data = read_training_data(
             self.settings,
             as_source(train_data_config),
@@ -199,7 +199,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self._train_dl = self.training_data.loader()
 
     def setup_validation_data(self, val_data_config: SourceConfig | DictConfig) -> None:
-        """Reads the validation problems and splits them over data-parallel ranks."""
+        """Read the validation problems and split them over data-parallel ranks."""
         prompts = read_validation_prompts(
             self.settings, as_source(val_data_config), self.tokenizer, vocab_size=self.architecture.vocab_size
         )
@@ -207,7 +207,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self._validation_dl: Any = validation_loader(prompts, self.settings.rollout.batch_rows)
 
     def refuse_long_evaluation(self, prompts: Sequence[EvaluationPrompt]) -> None:
-        """Refuses problems whose responses could exceed the model's positions; the engine learns their length."""
+        """Refuse problems whose responses could exceed the model's positions, and pass their length to the engine."""
         self._refuse_beyond_positions(
             max(len(prompt.prompt) for prompt in prompts) + self.settings.evaluation.max_response_tokens,
             "evaluation.max_response_tokens",
@@ -218,13 +218,13 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         refuse_beyond_positions(getattr(self.architecture.config, "max_position_embeddings", None), longest, settings)
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
-        """Returns `batch`: it has token ids in lists; micro-batches are built on the device."""
+        """Return `batch` unchanged: it contains lists of token ids, and micro-batches are built on the device."""
         return batch
 
     # Training
 
     def configure_optimizers(self) -> StudentOptimizer:
-        """Wraps the trained parameters in Megatron's DDP and optimizer."""
+        """Wrap the trained parameters in Megatron's DDP and optimizer."""
         total = sum(parameter.numel() for parameter in self.chunks.parameters())
         trained = sum(parameter.numel() for parameter in self.chunks.parameters() if parameter.requires_grad)
         logger.info("training %s of %s weights on this rank", f"{trained:,}", f"{total:,}")
@@ -254,7 +254,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         return optimizer
 
     def training_step(self, batch: list[PromptRow], batch_idx: int) -> None:
-        """One on-policy step; see `nemo_popsd.training.step`."""
+        """Run one on-policy step; see `nemo_popsd.training.step`."""
         assert self._step is not None
         wrapped: Any = self.optimizers()  # Lightning's wrapper, whose step() advances trainer.global_step
         step = self.completed_steps + 1
@@ -263,13 +263,13 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         self._drift(step, metrics, self.loggers)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Callbacks that stop, save and handle signals between steps; Lightning adds them to those of the trainer."""
+        """Return the callbacks for alarms, checkpoints and signals; Lightning adds them to those of the trainer."""
         return [self._drift, StepBoundary(self.checkpoints, self.stop)]
 
     # Evaluation
 
     def validation_step(self, batch: list[EvaluationPrompt], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Generates responses to validation problems."""
+        """Generate responses to validation problems."""
         if self.stop.requested:
             return
         try:
@@ -278,23 +278,23 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
             self.stop.request()
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
-        """Scores the responses of all data-parallel ranks and logs their summary.
+        """Score the responses of all data-parallel ranks and log their summary.
 
         Raises:
-            StopRequested: on every rank; nothing is scored.
+            StopRequested: a stop was requested; on every rank, and nothing is scored.
         """
         self.stop.raise_if_requested()
         summary = self._validation.conclude(self.completed_steps)
         self.last_evaluation = summary
         metrics = {f"validation/{name}": value for name, value in summary.numbers().items()}
-        # Values are over all ranks. `sync_dist` only silences Lightning: a trainer with one device reduces nothing.
+        # Values are already reduced. `sync_dist` only silences Lightning, which sees one device and reduces nothing.
         self.log_dict({"step": float(self.completed_steps), **metrics}, sync_dist=True)
         self._drift(self.completed_steps, metrics, self.loggers)
 
     # Diagnosis
 
     def diagnose(self, name: str) -> Diagnosis:
-        """The paper's analysis of the current weights on rows of `data.train`, recorded under `name`. Collective."""
+        """Run the paper's analysis of the current weights on rows of `data.train`, recorded as `name`. Collective."""
         assert self.training_data is not None
         settings = diagnosis_settings(self.settings)
         return diagnose(
@@ -310,7 +310,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         )
 
     def sampling(self, section: RolloutConfig | EvaluationConfig) -> SamplingParams:
-        """How tokens are sampled from this model under `section`."""
+        """Return the sampling parameters of this model with the settings of `section`."""
         return SamplingParams(
             temperature=section.temperature,
             top_p=section.top_p,
@@ -322,7 +322,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
     # Checkpoints
 
     def content(self) -> Content:
-        """All weights and the configuration, without training state."""
+        """Return all weights and the configuration, without training state."""
         return Content(
             models=self.student.chunks,
             architecture=self.architecture,
@@ -332,7 +332,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
         )
 
     def training_content(self) -> Content:
-        """Content of a checkpoint except the random state: adapters only, if the base is unchanged."""
+        """Return the content of a run's checkpoint without the random state; with LoRA, only the adapters."""
         assert self.optimizer is not None
         assert self._step is not None
         return replace(
@@ -345,33 +345,33 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> PurifiedOPSDModel:
-        """Builds model and trainer of a new training run; ``model.trainer.fit(model)`` trains it. Collective.
+        """Build model and trainer of a new training run; ``model.trainer.fit(model)`` trains it. Collective.
 
-        Claims the directory `output` for the run. `popsd train` also evaluates before and after, exports, and resumes
-        or overwrites a run that exists.
+        Reserves the directory `output` for the run. `popsd train` also evaluates before and after training, exports,
+        and resumes or overwrites existing runs.
 
         Args:
             path: configuration file, such as ``conf/tiny.yaml``.
             overrides: ``key=value`` with dotted keys, as on the command line.
 
         Raises:
-            UserError: the configuration or its files do not fit, or `output` has a run already.
+            UserError: the configuration or its files do not fit, or `output` already contains a run.
         """
         config, trainer = start_run(path, overrides)
         return cls(to_dict_config(config), trainer)
 
     @classmethod
     def restore_from(cls, restore_path: str | Path, *args: object, **kwargs: object) -> Any:
-        """NeMo's `restore_from` for a directory or a `.nemo` file; see `MegatronSaveRestoreConnector`. Collective."""
+        """Restore from a directory or a `.nemo` file, see `MegatronSaveRestoreConnector`. Collective."""
         if kwargs.get("save_restore_connector") is None:
             kwargs["save_restore_connector"] = MegatronSaveRestoreConnector()
         return super().restore_from(str(restore_path), *args, **kwargs)
 
     def export_huggingface(self, output: str | Path, *, card: str | None = None) -> None:
-        """Writes the student as a Hugging Face directory, adapters merged, with a model card. Collective on all ranks.
+        """Write the student as a Hugging Face directory with merged adapters and a model card. Collective.
 
         Raises:
-            UserError: on all ranks, if a weight is not finite.
+            UserError: a weight is not finite; on all ranks.
         """
         if on_any_rank(non_finite(self.chunks.parameters())):
             raise non_finite_error(f"export to {output}")
@@ -379,12 +379,12 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     @classmethod
     def from_pretrained(cls, model_name: str, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Builds an embedded model by its name, ready to evaluate or export; `override_config_path` changes settings.
+        """Build an embedded model by name, ready to evaluate or export; `override_config_path` changes settings.
 
         NeMo's own method downloads an archive; these models are part of the package.
 
         Raises:
-            UserError: no embedded model has that name.
+            UserError: no embedded model has this name.
         """
         student = StudentConfig(source=str(asset(model_name)), precision="fp32", adaptation="full")
         tree = to_dict_config(PopsdConfig(student=student))
@@ -394,7 +394,7 @@ class PurifiedOPSDModel(ModelPT):  # type: ignore[misc]  # NeMo has no types
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """The embedded model; all other models are local directories."""
+        """Return the embedded model; all other models are local directories."""
         name = "nemo_popsd:tiny_reasoner"
         description = "A tiny long-chain-of-thought reasoner that ships with the package (Hugging Face format)."
         return [PretrainedModelInfo(name, description, location=name, class_=cls)]

@@ -20,14 +20,14 @@ from nemo_popsd.parallel.distributed import device, initialize
 def build_trainer(
     config: PopsdConfig, *, logs: bool = True, completed: int = 0, may_write: Callable[[], bool] = lambda: True
 ) -> Trainer:
-    """The trainer of a run: one device per process, since Megatron, not Lightning, connects the processes.
+    """Build the trainer of a run: one device per process, because Megatron, not Lightning, connects the processes.
 
-    Creates the process groups if there are none yet, so that each process knows its device.
+    Creates the process groups if they do not exist, so that each process knows its device.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         logs: whether metrics are written.
-        completed: steps that a resumed run has already trained; Lightning counts from 0 again.
+        completed: steps that a resumed run has already trained; Lightning counts from 0.
         may_write: whether the output still belongs to this run; called before metrics are written.
     """
     initialize(config.parallel, seed=config.seed, timeout=timedelta(seconds=config.training.collective_timeout))
@@ -38,7 +38,7 @@ def build_trainer(
         accelerator=device().type if device().type == "cpu" else "gpu",
         strategy=MegatronPlacement(device=device()),
         devices=1,
-        # Without it Lightning detects Slurm by its variables, refuses one device per process, and requeues the job.
+        # Otherwise Lightning detects Slurm by its variables, refuses one device per process, and requeues the job.
         plugins=[LightningEnvironment()],
         max_steps=(config.training.steps - completed) * config.training.updates_per_step,
         val_check_interval=config.training.validate_every if validates else None,

@@ -1,4 +1,4 @@
-"""Building the training step of a run."""
+"""Construction of the training step of a run."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ Update = Callable[[], None]
 
 
 class RunStep:
-    """The training step of a run, which writes what `observability.dumps` describes."""
+    """The training step of a run, with the profiles and dumps of `observability.dumps`."""
 
     def __init__(self, step: OnPolicyStep, config: PopsdConfig) -> None:
-        """Keeps references only."""
+        """Store the references."""
         self._step, self._config = step, config
 
     @property
     def weights(self) -> BranchWeights:
-        """The weights of the frozen branches."""
+        """Weights of the frozen branches."""
         return self._step.weights
 
     def __call__(
         self, number: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
     ) -> StepMetrics:
-        """Runs a step; see `OnPolicyStep`."""
+        """Run the step like `OnPolicyStep`."""
         profile, output = self._config.observability.profile, self._config.output
         with recorded(profile, output, step=number, rank=dist.get_rank()):
             return self._step(number, rows, optimizer, update)
@@ -74,17 +74,17 @@ def build_step(
     check_lock: Callable[[], None],
     stop: StopSignals,
 ) -> RunStep:
-    """The training step of a run: called as `OnPolicyStep`; it writes what `observability.dumps` describes.
+    """Build the training step of a run. It is called like `OnPolicyStep`, see `RunStep`.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         student: the model and its base.
         engine: generates from the student's live weights.
-        sampling: how tokens are sampled.
-        tokenizer: the student's.
+        sampling: sampling parameters.
+        tokenizer: the student's tokenizer.
         data: the training rows.
         check_lock: raises if the output belongs to another run; called before rollouts are written.
-        stop: requests to stop.
+        stop: stop requests.
     """
     rollouts = StepRollouts(
         config.rollout,
@@ -100,8 +100,8 @@ def build_step(
 
     if config.fp8.frozen:
         logger.warning(
-            "fp8.frozen=true (%s): the rounding of the frozen passes is distilled with the target; `popsd diagnose "
-            "--fp8` compares it with the effect",
+            "fp8.frozen=true (%s): the rounding errors of the frozen passes are distilled with the target; `popsd "
+            "diagnose --fp8` compares them with the effect",
             config.fp8.recipe,
         )
     reader, weights = build_reader(config, tokenizer), build_weights(config.distillation, student)
@@ -122,8 +122,10 @@ def build_step(
 
 
 def _is_exact(config: PopsdConfig) -> bool:
-    """Whether engine and trainer compute in fp32 with the same weights. Not on a GPU, where products in fp32 may be
-    rounded to TF32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """Whether engine and trainer compute in fp32 with the same weights.
+
+    False on a GPU, where fp32 products may be rounded to TF32: NVIDIA's containers set
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
     """
     if device().type != "cpu" or config.student.precision != "fp32":
         return False
@@ -132,16 +134,16 @@ def _is_exact(config: PopsdConfig) -> bool:
 
 
 def build_weights(config: DistillationConfig, student: Student) -> BranchWeights:
-    """The weights of the frozen branches of a run; copies of the student's where they move."""
+    """Build the weights of the frozen branches of a run; moving weights are copies of the student's."""
     output_follows = "anchor" if build_target(config.target).base else "teacher"
     return BranchWeights(student, config.anchor, config.teacher, output_follows=output_follows)
 
 
 def build_reader(config: PopsdConfig, tokenizer: PreTrainedTokenizerBase) -> ResponseReader:
-    """What the steps of a run read in responses, by the rules of its evaluation.
+    """Build the reader of responses, which applies the rules of the run's evaluation.
 
     Raises:
-        UserError: rows have answers and the library that compares them is missing.
+        UserError: rows have answers, but the library that compares them is missing.
     """
     settings, train = config.evaluation, config.data.train
     verifier = AnswerVerifier(settings.verify_seconds)

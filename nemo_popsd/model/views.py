@@ -1,4 +1,4 @@
-"""Scoring of targets before training: rows, answers of student and teachers, figures and verdicts."""
+"""Scoring of targets before training: rows, answers of student and teachers, statistics and verdicts."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from nemo_popsd.parallel.agreement import from_rank_zero
 logger = logging.getLogger(__name__)
 
 _FEWEST = 2
-"""Problems with right and wrong answers without which nothing can be compared."""
+"""Minimum number of problems with both right and wrong answers for a comparison."""
 _WANTED = 30
-"""Problems with right and wrong answers that an error recommends."""
+"""Recommended number of problems with both right and wrong answers, for the error message."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Rows:
     """The problems, with the contexts of every teacher."""
 
     teachers: Mapping[str, Sequence[PromptRow]]
-    """Rows by name of the first candidate with this teacher."""
+    """Rows of each teacher, by the name of the first candidate with this teacher."""
     teacher_of: Mapping[str, str]
     """Name of the teacher of each candidate."""
 
@@ -72,24 +72,24 @@ class Rows:
 def score_candidates(
     model: PurifiedOPSDModel, config: PopsdConfig, candidates: Mapping[str, PopsdConfig], directory: Path
 ) -> ViewScores:
-    """Scores the target of each of `candidates` before training. Collective over all ranks.
+    """Score the target of each of `candidates` before training. Collective over all ranks.
 
-    Answers of the student and of the teachers are kept in `directory`, and a repeated call uses them.
+    Answers of the student and of the teachers are stored in `directory`, and a repeated call reuses them.
 
     Args:
-        model: untrained, built from `config`.
+        model: untrained model, built from `config`.
         config: sampling, seed and number of problems.
-        candidates: by name, each `config` with another view, family or divergence.
-        directory: of the answers.
+        candidates: configurations by name, each `config` with another view, family or divergence.
+        directory: directory of the answers.
 
     Raises:
-        UserError: on every rank; a row lacks a view or an answer, no row fits all views, no problem has right and wrong
-            answers, or answers on disk have other settings.
+        UserError: a row lacks a view or an answer, no row fits all views, too few problems have both right and wrong
+            answers, or answers on disk have other settings; on every rank.
     """
     views = config.diagnosis.views
     rows = read_rows(model, config, candidates)
     prompts = rows.student
-    # Refuses contexts that are too long for the model, and tells the engine their length.
+    # Refuses contexts that are too long for the model, and passes their length to the engine.
     for teacher in rows.teachers:
         model.refuse_long_evaluation([*prompts, *rows.prompts(teacher)])
     logger.info("%s", cost(rows, config))
@@ -147,10 +147,10 @@ def score_candidates(
 
 
 def read_rows(model: PurifiedOPSDModel, config: PopsdConfig, candidates: Mapping[str, PopsdConfig]) -> Rows:
-    """The first rows that fit under every candidate. Every rank reads the same ones; no collective.
+    """Read the first rows that fit every candidate. Every rank reads the same rows; no collective.
 
     Raises:
-        UserError: names a row that lacks a view or an answer; or no row is left.
+        UserError: a row lacks a view or an answer (the message names it), or too few rows are left.
     """
     views = config.diagnosis.views
     datasets: dict[str, PromptDataset] = {}
@@ -176,7 +176,7 @@ def read_rows(model: PurifiedOPSDModel, config: PopsdConfig, candidates: Mapping
     if len(ids) < _FEWEST:
         raise UserError(
             "diagnosis",
-            got=f"{len(ids)} rows of data.{views.source} that fit under all of {', '.join(candidates)}",
+            got=f"{len(ids)} rows of data.{views.source} that fit all of {', '.join(candidates)}",
             need=f"at least {_FEWEST}",
             fix="set data.max_reference_tokens higher, or name fewer views",
         )
@@ -184,7 +184,7 @@ def read_rows(model: PurifiedOPSDModel, config: PopsdConfig, candidates: Mapping
 
 
 def cost(rows: Rows, config: PopsdConfig) -> str:
-    """A one-line summary of what the scoring will generate and compute."""
+    """Describe in one line what the scoring will generate and compute."""
     views, teachers = config.diagnosis.views, len(rows.teachers)
     problems = len(rows.student)
     of_student, of_teachers = problems * views.samples, problems * views.teacher_samples * teachers
@@ -199,7 +199,7 @@ def cost(rows: Rows, config: PopsdConfig) -> str:
 def _teachers_answers(
     model: PurifiedOPSDModel, config: PopsdConfig, rows: Rows, directory: Path, digest: str
 ) -> dict[str, dict[int, list[bool]]]:
-    """Whether each answer of each teacher is right, by teacher and problem. Resumes from the samples on disk."""
+    """Return whether each answer of each teacher is right, by teacher and problem. Reuses samples on disk."""
     settings = replace(config.evaluation, samples_per_problem=config.diagnosis.views.teacher_samples)
     name = config.student.source
     sets = []
@@ -280,7 +280,7 @@ def _conclude(
 
 
 def _ends(model: PurifiedOPSDModel, config: PopsdConfig) -> list[int]:
-    """Vocabulary entries that end an answer: the stop tokens, and the end of the thinking where it is one token."""
+    """Return the vocabulary entries that end an answer: the stop tokens, and the end-of-thinking if it is one token."""
     closing = model.tokenizer.encode(config.evaluation.thinking_end, add_special_tokens=False)
     return sorted({*model.sampler.sampling.stop_token_ids, *(closing if len(closing) == 1 else ())})
 

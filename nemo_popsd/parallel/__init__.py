@@ -1,1 +1,1 @@
-"""State and communication that ranks share: process groups, collectives, vocabulary shards, agreement on failures."""
+"""Communication between ranks: process groups, collectives, the sharded vocabulary, agreement about failures."""

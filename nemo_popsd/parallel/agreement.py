@@ -1,4 +1,4 @@
-"""Actions on single ranks whose failure raises on all ranks, so that no rank waits for one that has failed."""
+"""Actions on single ranks whose failures raise on all ranks, so that no rank waits for a failed one."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import torch.distributed as dist
 from nemo_popsd.errors import TransientError, UserError, describe_error, system_error, user_or_transient
 
 _CATEGORIES = ("defect", "user", "transient")
-"""Categories of errors in the order in which they are raised."""
+"""In order of precedence."""
 T = TypeVar("T")
 
 
 def raise_on_all_ranks(what: str, action: Callable[[], None], *, need: str, fix: str) -> None:
-    """Calls `action`, which must not use collectives, and raises on every rank if it raised on any.
+    """Call `action`, which must not use collectives, and raise on every rank if it raised on any rank.
 
     Collective over the world: one gather of objects.
 
     Args:
-        what: for the message.
-        action: run on this rank.
-        need: for the message of an error of the operating system.
-        fix: for the message.
+        what: subject of the message.
+        action: called on this rank.
+        need: text for the message of an operating system error.
+        fix: text for the message of an operating system error.
 
     Raises:
-        UserError: some rank raised it, or had an error of the operating system that the user can fix (no space, no
-            permission).
-        TransientError: some rank raised it, or had an error of the operating system that may pass.
-        RuntimeError: some rank raised anything else; on that rank it is the cause.
+        UserError: a rank raised it, or had an operating system error that the user can fix (no space, no permission).
+        TransientError: a rank raised it, or had a transient operating system error.
+        RuntimeError: a rank raised any other error, which is the cause on that rank.
     """
     error: Exception | None = None
     try:
@@ -48,13 +47,15 @@ def raise_on_all_ranks(what: str, action: Callable[[], None], *, need: str, fix:
 
 
 def from_rank_zero(what: str, action: Callable[[], T], *, need: str, fix: str) -> T:
-    """The result of `action` on rank 0, on every rank. Collective over the world: a gather and a broadcast of objects.
+    """Call `action` on rank 0 and return its result on every rank.
+
+    Collective over the world: a gather and a broadcast of objects.
 
     Args:
-        what: for the message.
-        action: run on rank 0; must not use collectives.
-        need: for the message of an error of the operating system.
-        fix: for the message.
+        what: subject of the message.
+        action: called on rank 0; must not use collectives.
+        need: text for the message of an operating system error.
+        fix: text for the message of an operating system error.
 
     Raises:
         UserError, TransientError, RuntimeError: on every rank, as `raise_on_all_ranks`.
@@ -71,7 +72,7 @@ def from_rank_zero(what: str, action: Callable[[], T], *, need: str, fix: str) -
 
 
 def _categorized(error: Exception, what: str, *, need: str, fix: str) -> tuple[str, Exception | str]:
-    """The category of an error and the error itself, or its description if it is a defect."""
+    """Return the category of an error and the error itself, or its description if it is a defect."""
     if isinstance(error, OSError):
         reported: Exception = system_error(what, error, need=need, fix=fix, where=f"(rank {dist.get_rank()})")
     else:

@@ -1,13 +1,13 @@
-"""Every collective of the distillation losses, over the tensor-parallel group that holds the vocabulary in shards.
+"""All collectives of the distillation losses, over the tensor-parallel group with the sharded vocabulary.
 
-A group of None, or of one rank, means that this rank holds the full vocabulary: nothing is sent.
+If the group is None or has one rank, this rank holds the full vocabulary and nothing is sent.
 
-Under autograd a raw `torch.distributed.all_reduce` gives the right loss and a wrong gradient: autograd does not see the
-operation. There are two correct adjoints, and the consumer of the sum decides which one applies:
+Under autograd, a raw `torch.distributed.all_reduce` gives the right loss and a wrong gradient, because autograd does
+not record the operation. There are two correct adjoints; the consumer of the sum determines which one applies:
 
-    `sum_for_shards`: the sum goes back into each rank's own shard (a softmax denominator). The ranks' gradients of the
-        sum differ and each is a part of the whole: backward is an all-reduce too.
-    `sum_for_replicas`: the sum is used alike on every rank (a loss). Every rank holds the full gradient already:
+    `sum_for_shards`: each rank uses the sum for its own shard (a softmax denominator). The gradients of the sum differ
+        between ranks, and each is a part of the total: backward is also an all-reduce.
+    `sum_for_replicas`: every rank uses the sum in the same way (a loss). Every rank already has the full gradient:
         backward is the identity.
 """
 
@@ -27,12 +27,12 @@ def group_size(group: dist.ProcessGroup | None) -> int:
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:
-    """Index of this rank in `group`, and so of its vocabulary shard; 0 for None."""
+    """Index of this rank's vocabulary shard; 0 for None."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def reduce_max_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Replace `x` by its maximum over the group. One all-reduce, no gradient: for constants only."""
+    """Replace `x` by its maximum over the group. One all-reduce, without gradient: for constants only."""
     assert not x.requires_grad, "for constants only"
     if group_size(group) > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
@@ -40,7 +40,7 @@ def reduce_max_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def reduce_sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Replace `x` by its sum over the group. One all-reduce, no gradient: for constants only."""
+    """Replace `x` by its sum over the group. One all-reduce, without gradient: for constants only."""
     assert not x.requires_grad, "for constants only"
     if group_size(group) > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
@@ -50,14 +50,14 @@ def reduce_sum_(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def gather_shards(
     parts: Sequence[Tensor], group: dist.ProcessGroup | None, meanwhile: Callable[[], None] | None = None
 ) -> list[Tensor]:
-    """Gathers `parts` of every rank of the group: [n, ...] to [P, n, ...] each. One all-gather, no gradient.
+    """Gather `parts` from every rank of the group: [n, ...] to [P, n, ...] each. One all-gather, without gradient.
 
-    The same bits on every rank: each of them adds up the shards in the same order.
+    The result is bit-equal on all ranks, and so are sums over the shards in rank order.
 
     Args:
-        parts: tensors of one dtype, of the same shapes on every rank.
-        group: the group; P ranks.
-        meanwhile: work to run while the all-gather is under way.
+        parts: tensors of one dtype, with the same shapes on every rank.
+        group: the group of P ranks.
+        meanwhile: work to run during the all-gather.
     """
     size = group_size(group)
     if size == 1:
@@ -119,6 +119,6 @@ def sum_for_shards(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_for_replicas(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum over the group, differentiable, for use alike on every rank: all-reduce forward, identity backward."""
+    """Sum over the group, differentiable, for the same use on every rank: all-reduce forward, identity backward."""
     apply: Callable[..., Tensor] = _SumForReplicas.apply
     return apply(x, group)

@@ -1,4 +1,4 @@
-"""Settings of the layout over ranks."""
+"""Settings of the parallel layout."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _SIZE_OR_ZERO = Bounds(1, 2**16, or_zero=True)
 
 
 class Stages(Protocol):
-    """How layers are divided over pipeline stages."""
+    """Division of layers over pipeline stages."""
 
     @property
     def pipeline(self) -> int:
-        """Stages."""
+        """Number of stages."""
 
     @property
     def virtual_pipeline(self) -> int:
-        """Model chunks of each stage."""
+        """Number of model chunks per stage."""
 
     @property
     def first_stage_layers(self) -> int:
-        """Layers of the first stage; 0 is as many as the others have."""
+        """Number of layers of the first stage; 0 uses the number of the other stages."""
 
     @property
     def last_stage_layers(self) -> int:
-        """Layers of the last stage; 0 is as many as the others have."""
+        """Number of layers of the last stage; 0 uses the number of the other stages."""
 
 
 def layers_by_stage(stages: Stages, layers: int) -> tuple[int, ...] | None:
-    """Layers of each pipeline stage, as megatron-core divides `layers`; None where they do not divide.
+    """Return the number of layers of each pipeline stage, as megatron-core divides `layers`; None if not divisible.
 
     Source: `megatron.core.transformer.transformer_block.get_num_layers_to_build`.
     """
@@ -53,41 +53,45 @@ def layers_by_stage(stages: Stages, layers: int) -> tuple[int, ...] | None:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the model is distributed over ranks. The remaining factor of the world size is data parallelism."""
+    """Distribution of the model over ranks. The remaining factor of the world size is data parallelism."""
 
     tensor: Annotated[int, _SIZE] = 1
     """Tensor-parallel size: matrices and vocabulary are sharded."""
     sequence: str = "auto"
-    """Whether norms and residuals are split along the sequence over the tensor-parallel ranks: `true`, which needs
-    `tensor` above 1, `false`, or `auto`, on with `tensor` above 1. Memory falls, and as many bytes are sent."""
+    """Whether norms and residuals are split along the sequence over the tensor-parallel ranks: `true` (needs `tensor`
+    above 1), `false`, or `auto` (on with `tensor` above 1). Sequence parallelism saves memory and sends the same number
+    of bytes."""
     pipeline: Annotated[int, _SIZE] = 1
-    """Pipeline-parallel size: layers are split into this number of stages."""
+    """Pipeline-parallel size: the number of stages over which layers are divided."""
     virtual_pipeline: Annotated[int, _SIZE] = 1
-    """Model chunks of each stage, for the interleaved schedule; above 1 it needs `pipeline` above 1."""
+    """Model chunks per stage, for the interleaved schedule. Values above 1 need `pipeline` above 1."""
     first_stage_layers: Annotated[int, _SIZE_OR_ZERO] = 0
-    """Layers of the first stage, which also embeds; 0 is as many as the other stages. Those divide the rest evenly."""
+    """Layers of the first stage, which also has the embedding; 0 uses the number of the other stages, which divide the
+    remaining layers evenly."""
     last_stage_layers: Annotated[int, _SIZE_OR_ZERO] = 0
-    """Layers of the last stage, which also has the output matrix and the loss; 0 is as many as the other stages."""
+    """Layers of the last stage, which also has the output matrix and the loss; 0 uses the number of the other
+    stages."""
     overlap_transfers: bool = False
-    """Send between stages while the next micro-batch computes; needs the interleaved schedule (`virtual_pipeline` above
-    1), whose transfers are as many times more."""
+    """Overlap transfers between stages with the computation of the next micro-batch. Needs the interleaved schedule
+    (`virtual_pipeline` above 1), which multiplies the number of transfers by `virtual_pipeline`."""
     context: Annotated[int, _SIZE] = 1
-    """Context-parallel size: each sequence is split, for long contexts."""
+    """Context-parallel size: the number of ranks over which each sequence is split, for long contexts."""
     context_type: str = "auto"
-    """How attention gets the keys and values of other context-parallel ranks (Megatron's `cp_comm_type`): `p2p`, a ring
-    that overlaps with compute; `all_gather`, all at once, with `training.packing=false`; `a2a`, each rank has all
+    """How attention obtains the keys and values of other context-parallel ranks (Megatron's `cp_comm_type`): `p2p`, a
+    ring that overlaps with compute; `all_gather`, all at once, with `training.packing=false`; `a2a`, each rank has all
     tokens of a share of the heads; `a2a+p2p`, heads within nodes and rings between them, with `context_sizes` and
-    `training.packing=false`. `auto` is `p2p` on Transformer Engine's layers. Local layers have `all_gather` alone,
-    packed too."""
+    `training.packing=false`. `auto` is `p2p` on Transformer Engine's layers. Local layers support only `all_gather`,
+    also with packing."""
     context_sizes: Annotated[list[int], _SIZE] = field(default_factory=list)
-    """With `context_type=a2a+p2p`: neighbouring context-parallel ranks that divide heads, then ranks of a ring, as in
-    [2, 4] for `context=8`."""
+    """With `context_type=a2a+p2p`: the number of neighbouring context-parallel ranks that divide heads, and the number
+    of ranks in a ring, as in [2, 4] for `context=8`."""
     expert: Annotated[int, _SIZE] = 1
-    """Expert-parallel size: the experts of a mixture-of-experts model are distributed over this number of ranks."""
+    """Expert-parallel size: the number of ranks over which the experts of a mixture-of-experts model are
+    distributed."""
     expert_tensor: Annotated[int, _SIZE_OR_ZERO] = 0
-    """Ranks over which each expert's matrices are split (Megatron's `expert_tensor_model_parallel_size`), a divisor of
-    `tensor`; 0 is 1 with `expert` above 1, else `tensor`. `expert` times it ranks share the experts: more of them than
-    `tensor` are of several data-parallel or context-parallel ranks."""
+    """Number of ranks over which each expert's matrices are split (Megatron's `expert_tensor_model_parallel_size`), a
+    divisor of `tensor`. 0 means 1 with `expert` above 1, otherwise `tensor`. `expert · expert_tensor` ranks share the
+    experts; if this exceeds `tensor`, they belong to several data-parallel or context-parallel ranks."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "parallel")
@@ -120,7 +124,7 @@ class ParallelConfig:
             raise UserError(
                 "configuration",
                 got="parallel.overlap_transfers=true with parallel.virtual_pipeline=1",
-                need="the interleaved schedule: Megatron overlaps transfers in no other",
+                need="the interleaved schedule, the only one in which Megatron overlaps transfers",
                 fix="set parallel.virtual_pipeline above 1, or parallel.overlap_transfers=false",
             )
 
@@ -141,7 +145,7 @@ class ParallelConfig:
                 "configuration",
                 got=f"parallel.context_sizes={self.context_sizes} with parallel.context_type={self.context_type} and "
                 f"parallel.context={self.context}",
-                need=f"with {HIERARCHICAL} two sizes whose product is parallel.context, else none",
+                need=f"with {HIERARCHICAL} two sizes whose product is parallel.context, otherwise no sizes",
                 fix="set parallel.context_sizes",
             )
 
@@ -152,7 +156,7 @@ class ParallelConfig:
                 "configuration",
                 got=f"parallel.expert_tensor={self.expert_tensor} with parallel.tensor={self.tensor} and "
                 "parallel.expert=1",
-                need="expert parallelism, without which megatron-core 0.16 does not sum the gradients of whole experts "
+                need="expert parallelism: without it, megatron-core 0.16 does not sum the gradients of unsplit experts "
                 "over the tensor-parallel ranks",
                 fix="set parallel.expert above 1, or parallel.expert_tensor=0",
             )
@@ -160,23 +164,23 @@ class ParallelConfig:
             raise UserError(
                 "configuration",
                 got=f"parallel.expert_tensor={self.expert_tensor} with parallel.tensor={self.tensor}",
-                need="a divisor of parallel.tensor, whose ranks have the same sequences",
+                need="a divisor of parallel.tensor, because tensor-parallel ranks have the same sequences",
                 fix="set parallel.expert_tensor",
             )
 
     @property
     def expert_shards(self) -> int:
-        """Ranks over which an expert's matrices are split: what `expert_tensor` decides."""
+        """Number of ranks over which an expert's matrices are split (resolved `expert_tensor`)."""
         return self.expert_tensor or (1 if self.expert > 1 else self.tensor)
 
     @property
     def splits_sequences(self) -> bool:
-        """Whether norms and residuals are split along the sequence: what `sequence` decides."""
+        """Whether norms and residuals are split along the sequence (resolved `sequence`)."""
         return self.sequence == "true" or (self.sequence == "auto" and self.tensor > 1)
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks of one data-parallel replica: tensor · pipeline · context."""
+        """Number of ranks of one data-parallel replica: tensor · pipeline · context."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -185,16 +189,16 @@ class ParallelConfig:
         return {name: getattr(self, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")}
 
     def describe(self) -> str:
-        """The sizes above 1, uneven stages and split experts as settings; ``parallel.tensor=1`` if all sizes are 1."""
+        """Format sizes above 1, uneven stages and split experts as settings; ``parallel.tensor=1`` if all are 1."""
         shown = [name for name, size in self.sizes.items() if size > 1]
         shown += [name for name in ("first_stage_layers", "last_stage_layers", "expert_tensor") if getattr(self, name)]
         return " ".join(f"parallel.{name}={getattr(self, name)}" for name in shown) or "parallel.tensor=1"
 
     def check_world(self, ranks: int) -> None:
-        """Refuses a number of ranks that the layout does not divide.
+        """Refuse a number of ranks that the layout does not divide.
 
         Raises:
-            UserError: the message names the settings and the smallest number of ranks that fits.
+            UserError: the layout does not divide `ranks`; the message names the settings and the smallest valid number.
         """
         sharing = self.expert_shards * self.expert * self.pipeline
         fits = math.lcm(self.replica_ranks, sharing)

@@ -1,6 +1,6 @@
 """Process groups and random state: torch.distributed's default group and Megatron's groups inside it.
 
-Megatron owns every group except the default one. A single process without a launcher gets a group of one.
+Megatron owns all groups except the default one. A single process without a launcher gets a group of one rank.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from nemo_popsd.runtime.cpu import adapt_megatron
 logger = logging.getLogger(__name__)
 
 _LONGEST_START = timedelta(minutes=30)
-"""Longest time that a rank waits for the others to connect."""
+"""Maximum time that a rank waits for the others to connect."""
 _PATIENCE_SECONDS = 20.0
 _PATIENCE_OF_OTHERS_SECONDS = 300.0
-"""Time after which a rank logs that it waits for others: rank 0, and later, in case rank 0 is missing, the others."""
+"""Time after which a rank logs that it waits for others: first rank 0, later the others, in case rank 0 is missing."""
 
 
 def device() -> torch.device:
@@ -38,24 +38,24 @@ def device() -> torch.device:
 
 
 def world_size() -> int:
-    """Number of processes: of the default group, or from the launcher where there is no group yet."""
+    """Number of processes: that of the default group, or of the launcher if there is no group."""
     return dist.get_world_size() if dist.is_initialized() else launcher.world_size()
 
 
 def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Creates the default group (NCCL with CUDA, gloo without) and Megatron's groups, and sets the seeds. Collective.
+    """Create the default group (NCCL with CUDA, otherwise gloo) and Megatron's groups, and set the seeds. Collective.
 
     Reads the launcher's variables, see `nemo_popsd.parallel.launcher`. Idempotent for the same layout.
 
     Args:
         parallel: the layout; the remaining factor of the world size is data parallelism.
-        seed: the same on every rank; Megatron derives the seeds of tensor-parallel regions.
+        seed: seed, equal on all ranks; Megatron derives the seeds of tensor-parallel regions from it.
         timeout: a collective that waits longer fails on every rank.
 
     Raises:
-        UserError: the layout does not divide the world, differs from that of this process, or there is no GPU for this
-            rank.
-        TransientError: not all processes were ready in time.
+        UserError: the layout does not divide the world size or differs from the layout of this process, or there is no
+            GPU for this rank.
+        TransientError: not all processes connected in time.
     """
     adapt_megatron()
     if torch.cuda.is_available():
@@ -69,7 +69,7 @@ def initialize(parallel: ParallelConfig, *, seed: int, timeout: timedelta = time
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
-            # Without it NCCL guesses a device at the first barrier.
+            # Without a device id, NCCL guesses the device at the first barrier.
             device_id=device() if torch.cuda.is_available() else None,
         )
     parallel.check_world(dist.get_world_size())
@@ -105,13 +105,13 @@ def _select_device(index: int) -> None:
             "launcher",
             got=f"LOCAL_RANK={index} on a machine where torch sees {torch.cuda.device_count()} GPUs",
             need="a GPU for each rank",
-            fix="start fewer ranks a node, or set CUDA_VISIBLE_DEVICES to more GPUs",
+            fix="start fewer ranks per node, or set CUDA_VISIBLE_DEVICES to more GPUs",
         )
     torch.cuda.set_device(index)
 
 
 def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
-    """The store in which the processes find each other; a single process needs no port."""
+    """Return the rendezvous store; a single process needs no port."""
     if launch.world_size == 1:
         return dist.HashStore()
     place = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
@@ -133,8 +133,7 @@ def _store(launch: launcher.Launch, timeout: timedelta) -> dist.Store:
     finally:
         reminder.cancel()
     store.set_timeout(timeout)
-    # torchrun with a static rendezvous keeps its store; ranks that it starts again would find in it the addresses of
-    # those that have ended.
+    # torchrun with a static rendezvous keeps its store; restarted ranks would find the addresses of ended ranks in it.
     return dist.PrefixStore(f"start-{launcher.restarts()}/default_pg", store)
 
 
@@ -161,7 +160,7 @@ def _sizes_of_groups() -> ParallelConfig:
 
 
 def shutdown() -> None:
-    """Destroys Megatron's groups and the default one."""
+    """Destroy Megatron's groups and the default group."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -180,7 +179,7 @@ def layout() -> dict[str, int]:
 
 
 def all_reduce_max(value: float) -> float:
-    """The largest `value` of any rank: one all-reduce of one number over the world."""
+    """Return the maximum of `value` over all ranks: one all-reduce of one number over the world."""
     largest = torch.tensor(value, device=device(), dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest.item())

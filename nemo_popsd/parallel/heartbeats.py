@@ -1,6 +1,6 @@
-"""Tells the launcher of nvidia-resiliency-ext that this rank makes progress; it restarts all ranks when one does not.
+"""Heartbeats to the launcher of nvidia-resiliency-ext, which restarts all ranks if one makes no progress.
 
-`ft_launcher` starts ranks as torchrun does, with a monitor for each of them. Started otherwise, nothing is sent.
+`ft_launcher` starts ranks like torchrun, with a monitor per rank. With other launchers, nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Protocol
 from nemo_popsd.errors import UserError, describe_error
 
 _MONITOR = "FT_RANK_MONITOR_IPC_SOCKET"
-"""Variable with the socket of this rank's monitor."""
+"""Environment variable with the socket of this rank's monitor."""
 _SECONDS_BETWEEN = 1.0
 
 
 class _Client(Protocol):
-    """What is used of nvidia-resiliency-ext's client."""
+    """The used methods of nvidia-resiliency-ext's client."""
 
     def init_workload_monitoring(self) -> None: ...
 
@@ -28,16 +28,16 @@ class Heartbeats:
     """The connection of this rank to its monitor."""
 
     def __init__(self) -> None:
-        """Connects to the monitor, if there is one.
+        """Connect to the monitor, if there is one.
 
         Raises:
-            UserError: there is one, and nvidia-resiliency-ext does not import.
+            UserError: there is a monitor, but nvidia-resiliency-ext cannot be imported.
         """
         self._client = _connected() if _MONITOR in os.environ else None
         self._sent = float("-inf")
 
     def send(self) -> None:
-        """Reports progress, at most once a second. No collectives."""
+        """Report progress, at most once per second. No collectives."""
         now = time.monotonic()
         if self._client is not None and now - self._sent >= _SECONDS_BETWEEN:
             self._client.send_heartbeat()
@@ -50,7 +50,7 @@ def _connected() -> _Client:
     except ImportError as error:
         raise UserError(
             "launcher",
-            got=f"{_MONITOR}, of ft_launcher, in an environment whose nvidia-resiliency-ext does not import "
+            got=f"{_MONITOR}, set by ft_launcher, in an environment where nvidia-resiliency-ext cannot be imported "
             f"({describe_error(error)})",
             need="the same environment for launcher and ranks",
             fix="install nvidia-resiliency-ext there, or start with torchrun",

@@ -1,4 +1,4 @@
-"""Reads the environment variables that a launcher (torchrun, slurm/rank.sh) sets. Does not import torch."""
+"""Reads the environment variables of a launcher (torchrun, slurm/rank.sh). Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SINGLE = f"for a single process `unset {' '.join(_OF_RANKS)}`"
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One of the processes that were started together; without a launcher the only one."""
+    """One of the processes of a launch; without a launcher, the only process."""
 
     rank: int = 0
     """Rank of this process."""
@@ -36,7 +36,7 @@ class Launch:
 
 
 def rank() -> int:
-    """This process's rank; 0 without a launcher, and where RANK is not a number."""
+    """Rank of this process; 0 without a launcher, and if RANK is not a number."""
     text = os.environ.get("RANK", "0")
     return int(text) if _is_number(text) else 0
 
@@ -45,19 +45,19 @@ def world_size() -> int:
     """Number of processes, from WORLD_SIZE only.
 
     Raises:
-        UserError: it is not a positive number.
+        UserError: WORLD_SIZE is not a positive number.
     """
     return _number(os.environ, "WORLD_SIZE", least=1) if "WORLD_SIZE" in os.environ else 1
 
 
 def restarts() -> int:
-    """How often torchrun or ft_launcher has started the ranks again within this start; 0 without them."""
+    """Number of times that torchrun or ft_launcher has restarted the ranks; 0 without a restart."""
     text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(text) if _is_number(text) else 0
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """This process among those of the run, from the launcher's variables.
+    """Read this process's position among the processes of the run from the launcher's variables.
 
     Raises:
         UserError: only some variables are set, one is not a number, or two contradict each other.
@@ -97,11 +97,11 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_rendezvous(launch: Launch) -> None:
-    """Refuses a rendezvous that cannot work: an unknown host, or a port of this machine that is in use.
+    """Refuse a rendezvous that cannot work: an unknown host, or a port of this machine that is in use.
 
     Raises:
-        UserError: the host is unknown, or this user cannot listen at the port.
-        TransientError: the port is in use, or the name service does not answer.
+        UserError: the host is unknown, or this user cannot listen on the port.
+        TransientError: the port is in use, or the name service does not respond.
     """
     if launch.world_size == 1:
         return
@@ -134,8 +134,8 @@ def _check_port(port: int, place: str) -> None:
             raise TransientError(_WHAT, got=f"{place}: another process uses this port", fix=fix) from None
         raise UserError(
             _WHAT,
-            got=f"{place}, at which rank 0 cannot listen ({error.strerror})",
-            need="a port that this user may listen at",
+            got=f"{place}, on which rank 0 cannot listen ({error.strerror})",
+            need="a port on which this user may listen",
             fix="set MASTER_PORT",
         ) from None
 

@@ -1,11 +1,11 @@
-"""Signals that request a run to save and stop. All ranks stop at the same step, whichever of them got the signal.
+"""Signals that request a run to save and stop. All ranks stop at the same step, whichever rank received the signal.
 
 SIGTERM and SIGUSR1 come from a batch system, SIGINT from Ctrl-C, SIGHUP from a closed terminal. A second SIGINT ends
 the process at once.
 
 A signal sets a flag of the process and a key in the process group's store. A thread does this, because the main thread
-may be waiting inside a collective for minutes. The ranks check for it together, between steps (one all-reduce) and
-while they decode (one broadcast over the ranks of a model every few tokens).
+may wait inside a collective for minutes. The ranks check for a request together, between steps (one all-reduce) and
+while decoding (one broadcast over the ranks of a model every few tokens).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | signal.H
 
 
 class StopSignals:
-    """Whether a stop of the run was requested. One object for each process; the process groups must exist."""
+    """Handles requests to stop the run. One object per process; the process groups must exist."""
 
     def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Installs nothing yet.
+        """Create the object without installing handlers.
 
         Args:
-            progress: called where this rank checks for a request: it computes, and does not hang.
+            progress: called whenever this rank checks for a request, which shows that it does not hang.
         """
         self._progress = progress
         self._requested = False
@@ -54,7 +54,7 @@ class StopSignals:
         self._terminals: list[int] = []
 
     def install(self) -> None:
-        """Installs the handlers, for SIGINT and SIGHUP only where they are not ignored. Main thread only."""
+        """Install the handlers; SIGINT and SIGHUP stay ignored if they were ignored. Main thread only."""
         assert self._sockets is None
         self._terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
         reader, writer = socket.socketpair()
@@ -66,13 +66,13 @@ class StopSignals:
         self._previous = {number: signal.signal(number, self._on_signal) for number in taken}
 
     def retake(self) -> None:
-        """Installs the handlers again, if another library has replaced them since `install`."""
+        """Install the handlers again, if another library has replaced them since `install`."""
         if self._sockets is not None:
             for number in self._previous:
                 signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
-        """Restores the previous handlers."""
+        """Restore the previous handlers."""
         if self._sockets is None:
             return
         signal.set_wakeup_fd(self._woken_before)
@@ -84,18 +84,18 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank got a request; the other ranks may not have."""
+        """Whether this rank received a request; other ranks may not have received it."""
         return self._requested
 
     def request(self) -> None:
-        """Requests a stop, as a signal does."""
+        """Request a stop, like a signal."""
         self._requested = True
 
     def raise_if_requested(self) -> None:
-        """Raises on every rank if any rank got a request. Collective over the world: one all-reduce of one number.
+        """Raise on every rank if any rank received a request. Collective over the world: one all-reduce of one number.
 
         Raises:
-            StopRequested: on every rank.
+            StopRequested: a stop was requested; on every rank.
         """
         self._progress()
         if on_any_rank(self._requested):
@@ -103,11 +103,11 @@ class StopSignals:
             raise StopRequested
 
     def while_decoding(self) -> bool:
-        """Whether to stop, the same on all ranks of this model; called once for each token that they decode together.
+        """Whether to stop, equal on all ranks of this model; called once for each token that they decode together.
 
-        Checks every 16 tokens: one broadcast of one number over the ranks of the model, the first of which looks up in
-        the store whether any rank of the world got a request. Under context or expert parallelism, where several such
-        groups exchange data while they decode, it does not check, and a stop waits for the end of the rollouts.
+        Checks every 16 tokens: one broadcast of one number over the ranks of the model; the first of them looks up in
+        the store whether any rank of the world received a request. Under context or expert parallelism, several such
+        groups exchange data while decoding; then it does not check, and a stop waits for the end of the rollouts.
         """
         self._progress()
         self._decoded += 1
@@ -145,7 +145,7 @@ class StopSignals:
                 _get_default_store().set(_KEY, str(os.getpid()))
 
     def _leave_terminal(self) -> None:
-        """Redirects output from a closed terminal to /dev/null, so that printing does not raise."""
+        """Redirect the output of a closed terminal to /dev/null, so that printing does not raise."""
         null = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(null, descriptor)

@@ -1,8 +1,8 @@
-"""The vocabulary entries of the output matrix and of the logits that a rank holds, and those that are padding.
+"""The vocabulary entries of the output matrix and of the logits on each rank, and which of them are padding.
 
-The vocabulary is padded, at its end, to ranks · width; rank r holds the contiguous range [r·width, (r+1)·width). A
-rank's true entries are therefore a prefix of its shard. The losses cut to that prefix: padding has probability exactly
-0, enters no mean and gets no gradient.
+The vocabulary is padded at its end to ranks · width; rank r holds the contiguous range [r·width, (r+1)·width). A rank's
+true entries are therefore a prefix of its shard. The losses use only this prefix: padding has probability exactly 0, is
+not part of any mean, and gets no gradient.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class VocabShard:
     """This rank's shard of the vocabulary. No property needs a collective.
 
     Raises:
-        UserError: `vocab_size` is not positive, or the shards together are smaller.
+        UserError: `vocab_size` is not positive or exceeds the total size of the shards.
     """
 
     vocab_size: int
-    """Size of the true vocabulary of all shards."""
+    """Size of the true vocabulary over all shards."""
     width: int
     """Rows of the output matrix (columns of the logits) on each rank, padding included: V_pad/tp."""
     group: dist.ProcessGroup | None = None
@@ -38,7 +38,7 @@ class VocabShard:
                 "vocabulary",
                 got=f"vocab_size={self.vocab_size} with an output matrix of {self.ranks} x {self.width} rows",
                 need=f"1 to {self.width * self.ranks} entries",
-                fix="give the size of the tokenizer's vocabulary that the model was built for",
+                fix="pass the size of the tokenizer's vocabulary for which the model was built",
             )
 
     @property
@@ -73,7 +73,7 @@ class VocabShard:
 
 
 def token_max(x: Tensor) -> Tensor:
-    """Maximum over the last dimension, −∞ where it is empty (a shard of padding alone)."""
+    """Maximum over the last dimension; −∞ if it is empty (a shard that contains only padding)."""
     if x.shape[-1] == 0:
         return x.new_full(x.shape[:-1], -torch.inf)
     return x.amax(-1)
@@ -82,11 +82,11 @@ def token_max(x: Tensor) -> Tensor:
 def mean_output_vector(weight: Tensor, shard: VocabShard) -> Tensor:
     """The mean output vector w̄ over the true vocabulary, so that mean_v(W·d) = w̄·d (*ours*; see eq. 14).
 
-    One all-reduce of [H]. For a frozen matrix it is needed once per run.
+    One all-reduce of [H]. A frozen matrix needs it once per run.
 
     Args:
         weight: this rank's shard of the output matrix [V_pad/tp, H].
-        shard: which vocabulary entries it holds.
+        shard: the vocabulary entries of `weight`.
 
     Returns:
         [H], replicated, in fp32 (float64 for float64).

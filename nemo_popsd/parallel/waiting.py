@@ -1,8 +1,8 @@
-"""Waits for ranks whose work takes different times.
+"""Waiting for ranks whose work takes different times.
 
-Replicas generate responses of different lengths. A rank that waits for them in a collective of the default group would
-fail after `training.collective_timeout`, which is meant for ranks that hang. Here ranks wait in a gloo group with a
-long timeout. If a process ends meanwhile, its connections close and the others fail at once.
+Replicas generate responses of different lengths. A rank that waited for them in a collective of the default group would
+fail after `training.collective_timeout`, which is meant for hanging ranks. Ranks therefore wait in a gloo group with a
+long timeout. If a process ends during the wait, its connections close and the others fail at once.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from datetime import timedelta
 import torch.distributed as dist
 
 WAIT_LIMIT = timedelta(days=1)
-"""Time limit of the wait for ranks that are still running."""
+"""Maximum time to wait for ranks that are still working."""
 
 _groups: list[tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = []
 """The default group of this process and the gloo group for waiting; empty before `create_waiting_group`."""
 
 
 def create_waiting_group() -> None:
-    """Creates the group for waiting, once for each default group. Collective over the world."""
+    """Create the group for waiting, once per default group. Collective over the world."""
     if not (_groups and _groups[0][0] is dist.group.WORLD):
         _groups[:] = [(dist.group.WORLD, dist.new_group(backend="gloo", timeout=WAIT_LIMIT))]
 
 
 def wait_for_all() -> None:
-    """Returns when all ranks have called it. Collective over the world: one barrier, after `create_waiting_group`."""
+    """Return when all ranks have called it. Collective over the world: one barrier, after `create_waiting_group`."""
     [(_, group)] = _groups
     dist.barrier(group=group)

@@ -1,4 +1,4 @@
-"""A change to a library, the functions that need it, and how changes are applied."""
+"""Changes to libraries: the functions that need them, and how they are applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEGATRON_CORE = "megatron-core>=0.16,<0.20"
 MEGATRON_BRIDGE = "megatron-bridge>=0.3.1,<0.7"
 """Both supported versions."""
 MEGATRON_BRIDGE_0_3 = "megatron-bridge>=0.3.1,<0.4"
-"""Only the older of the supported versions."""
+"""Only the older supported version."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Adaptation:
     """A change to library code that does not work on this machine or with local layers.
 
     Attributes:
-        name: what is adapted.
-        needed_by: dotted names of the library's functions that need it, or of modules where importing them fails.
-        reason: what these functions do that does not work.
-        versions: the library and the versions of it that need the change; it is not made to others.
-        apply: makes the change; raises RuntimeError when the library no longer has what is changed.
+        name: name of the adapted part.
+        needed_by: dotted names of the library functions that need the change, or of modules that fail to import.
+        reason: the operation in these functions that does not work.
+        versions: the library with the versions that need the change; it is not applied to others.
+        apply: applies the change; raises RuntimeError if the library no longer has the adapted part.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Adaptation:
 
     @property
     def needed(self) -> bool:
-        """Whether the installed version is among `versions`; also if it is unknown."""
+        """Whether the installed version is among `versions`; true if the version is unknown."""
         requirement = Requirement(self.versions)
         try:
             version = metadata.version(requirement.name)
@@ -48,14 +48,14 @@ class Adaptation:
 
 
 def apply_all(adaptations: Iterable[Adaptation], *, listed_in: str) -> None:
-    """Applies those that the installed versions need, in order.
+    """Apply the adaptations that the installed versions need, in order.
 
     Args:
-        adaptations: what to change; each is idempotent.
-        listed_in: the file that an error names.
+        adaptations: changes to apply; each is idempotent.
+        listed_in: file with the list, for error messages.
 
     Raises:
-        RuntimeError: a library no longer has what an adaptation changes.
+        RuntimeError: a library no longer has the part that an adaptation changes.
     """
     for adaptation in adaptations:
         try:

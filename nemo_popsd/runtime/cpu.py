@@ -1,8 +1,8 @@
-"""Megatron-core and Megatron-Bridge on a machine without CUDA. With CUDA, nothing in `ADAPTATIONS` is applied.
+"""Adaptations of megatron-core and Megatron-Bridge for machines without CUDA. With CUDA, none is applied.
 
-Both libraries are written for GPUs: they name the device literally, keep random state on it and compare tensor types
-with their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the functions that need it. An entry that no
-longer finds what it adapts raises, so that an upgrade of a library cannot go unnoticed.
+Both libraries are written for GPUs: they hard-code the device, keep random state on it, and compare tensor types
+with their CUDA names. Every adaptation is one entry of `ADAPTATIONS`, with the functions that need it. An entry raises
+if the library no longer has the adapted part, so that library upgrades are noticed.
 
 ``torch`` itself is not patched. In the listed Megatron modules the *name* ``torch`` is bound to a view of torch
 (`torch_on_cpu`) whose CUDA calls run on the CPU.
@@ -37,9 +37,9 @@ def _rebind_torch(module_name: str) -> Callable[[], None]:
 
 
 def _cpu_tensor_types(module_name: str, qualified_name: str) -> Callable[[], None]:
-    """Rewrites ``'torch.cuda.FloatTensor'`` and the like to their CPU names among a function's constants.
+    """Replace ``'torch.cuda.FloatTensor'`` and similar constants of a function by their CPU names.
 
-    The code object is changed in place, so that every reference to the function sees it.
+    The code object is replaced on the function itself, so the change applies to every reference to the function.
     """
 
     def on_cpu(constant: object) -> object:
@@ -68,8 +68,8 @@ def _cpu_rng_state() -> None:
             raise RuntimeError(f"megatron.core.tensor_parallel.random has no {name}; revise nemo_popsd/runtime/cpu.py")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[attr-defined]
-    # `megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork` warns when the CPU's random state changes within
-    # a region. Here that state belongs to the region.
+    # `megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork` warns if the CPU's random state changes within a
+    # region. Here the region uses that state.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
@@ -87,7 +87,7 @@ def _contiguous_scatter() -> None:
 
 
 def _embedding_between_stages() -> None:
-    """Changes ``.cuda()`` of the copied embedding to ``.cpu()`` in the function's code, where that name occurs once."""
+    """Change ``.cuda()`` of the copied embedding to ``.cpu()`` in the function's code; the name occurs once."""
     module = importlib.import_module("megatron.core.models.common.language_module.language_module")
     code = module.LanguageModule.setup_embeddings_and_output_layer.__code__
     if "cuda" in code.co_names:
@@ -108,13 +108,13 @@ def _rotary_embedding_of_a_context_rank() -> None:
 
 
 def _chunks_of_context_rank(embedding: torch.Tensor, dimension: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This context-parallel rank's two of the 2·cp chunks along `dimension`, as the library's own function returns."""
+    """Return this context-parallel rank's two of the 2·cp chunks along `dimension`, like the library's function."""
     chunks = embedding.chunk(2 * group.size(), dim=dimension)
     return torch.cat([chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]], dim=dimension)
 
 
 def _splits_of_dispatched_tokens() -> None:
-    """Converts the splits of an all-to-all to numpy arrays, which the library does only for tensors on a GPU."""
+    """Convert the splits of an all-to-all to NumPy arrays, which the library does only for GPU tensors."""
     module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     stock = module.maybe_move_tensor_to_cpu
     if getattr(stock, "numpy_on_cpu", False):
@@ -128,7 +128,7 @@ def _splits_of_dispatched_tokens() -> None:
 
 
 def _unequal_parts() -> None:
-    """Gathers and scatters parts of unequal lengths, which gloo refuses, padded to the longest."""
+    """Gather and scatter parts of unequal lengths padded to the longest, because gloo rejects unequal lengths."""
     module = importlib.import_module("megatron.core.tensor_parallel.mappings")
     gather, scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
     if getattr(gather, "pads_parts", False):
@@ -323,18 +323,18 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _contiguous_scatter,
     ),
 )
-"""Everything that is changed on a machine without CUDA, in the order of application."""
+"""All changes on a machine without CUDA, in order of application."""
 
 
 def adapt_megatron() -> None:
-    """Applies `LOCAL_LAYERS` and, when there is no CUDA, `ADAPTATIONS`.
+    """Apply `LOCAL_LAYERS` and, without CUDA, `ADAPTATIONS`.
 
     Idempotent; imports megatron-core and Megatron-Bridge.
 
     Raises:
-        RuntimeError: a library no longer has what an adaptation changes.
+        RuntimeError: a library no longer has the part that an adaptation changes.
     """
-    # First: importing anything of Megatron-Bridge needs it.
+    # These come first: every import from Megatron-Bridge needs them.
     apply_all(LOCAL_LAYERS, listed_in="nemo_popsd/runtime/local_layers.py")
     if not torch.cuda.is_available():
         apply_all(ADAPTATIONS, listed_in="nemo_popsd/runtime/cpu.py")

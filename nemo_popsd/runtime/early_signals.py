@@ -1,7 +1,6 @@
-"""Handles signals while a run starts or ends and no step is in progress: prints one line, and exits with the status
-that requests a restart.
+"""Handles signals while a run starts or ends: prints one line, and exits with the status that requests a restart.
 
-Does not import torch, so that it works before the slow imports.
+No step is in progress then. Does not import torch, so that it works before the slow imports.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from typing import NoReturn
 from nemo_popsd.errors import SAVED_AND_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""Signals that stop a run: of a batch system, its warning before a time limit, Ctrl-C, and a closed terminal."""
+"""Signals that stop a run: termination by a batch system, its warning before a time limit, Ctrl-C, closed terminal."""
 before_leaving: list[Callable[[int, str], object]] = []
-"""Called by `leave` with the exit status and the line that it prints."""
+"""Functions that `leave` calls with the exit status and the printed line."""
 _KEPT_IF_IGNORED = (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Context in which a signal ends the process with one line; `StopSignals` takes over once there is a run to save.
+    """End the process with one line on a signal; `StopSignals` replaces these handlers once there is a run to save.
 
-    Signals that the process ignores from the start (nohup, a background job) stay ignored. Does nothing outside the
-    main thread, where Python cannot handle signals.
+    Signals that are already ignored (nohup, a background job) stay ignored. Does nothing outside the main thread, where
+    Python cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # A thread, since the main one may be waiting for other processes where Python's own handlers do not run.
+    # A thread is needed, because Python's handlers do not run while the main thread waits for other processes.
     threading.Thread(target=_end, args=(reader,), name="early signals", daemon=True).start()
     previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     handled = [n for n in SIGNALS if not (n in _KEPT_IF_IGNORED and signal.getsignal(n) == signal.SIG_IGN)]
@@ -53,7 +52,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def leave(status: int, text: str) -> NoReturn:
-    """Ends the process at once, from any thread: prints a line and makes the calls that `before_leaving` has."""
+    """End the process at once, from any thread, after printing a line and calling the functions in `before_leaving`."""
     print_to_stderr(text)
     for call in before_leaving:
         with contextlib.suppress(Exception):
@@ -62,13 +61,13 @@ def leave(status: int, text: str) -> NoReturn:
 
 
 def print_to_stderr(text: str) -> None:
-    """Prints a line to stderr, if it is open."""
+    """Print a line to stderr, if it is open."""
     with contextlib.suppress(OSError):  # the terminal is gone
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Does nothing. Python writes a signal to the wake-up socket, which the thread reads, only if it has a handler."""
+    """Do nothing. Python writes a signal to the wake-up socket, which the thread reads, only if it has a handler."""
 
 
 def _end(reader: socket.socket) -> None:

@@ -1,8 +1,8 @@
-"""Changes to the libraries that layers without Transformer Engine need, on any device.
+"""Library changes for layers without Transformer Engine, on any device.
 
 Megatron-Bridge imports Transformer Engine unconditionally, and both libraries support only the experts of its grouped
-layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`; where Transformer Engine
-imports, the entries that replace it change nothing.
+layer. Every adaptation is one entry of `LOCAL_LAYERS`, as in `nemo_popsd.runtime.cpu`. If Transformer Engine can be
+imported, the entries that replace it change nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class _ExpertConfig(Protocol):
 
 
 def transformer_engine_imports() -> bool:
-    """Whether Transformer Engine imports on this machine, according to megatron-core, which this imports."""
+    """Whether Transformer Engine can be imported, according to megatron-core (which this function imports)."""
     return bool(importlib.import_module("megatron.core.models.gpt.gpt_layer_specs").HAVE_TE)
 
 
 def _transformer_engine_names() -> None:
-    """Makes Megatron-Bridge's LoRA importable with stand-in classes that cannot be instantiated.
+    """Make Megatron-Bridge's LoRA importable with placeholder classes that cannot be instantiated.
 
-    Does nothing where Transformer Engine imports. megatron-core looks for Transformer Engine when it is imported and
-    must not find the stand-in, so it is imported first; afterwards the stand-in is removed from `sys.modules`.
+    Does nothing if Transformer Engine can be imported. megatron-core looks for Transformer Engine at import and must
+    not find the placeholder, so it is imported first; afterwards the placeholder is removed from `sys.modules`.
     """
     if transformer_engine_imports() or "megatron.bridge.peft.lora" in sys.modules:
         return
@@ -53,7 +53,7 @@ def _transformer_engine_names() -> None:
     engine = types.ModuleType("transformer_engine")
     engine.__version__ = "0.0.0"  # type: ignore[attr-defined]  # Megatron-Bridge 0.6 has megatron-core compare it
     engine.pytorch = pytorch  # type: ignore[attr-defined]
-    # importlib.util.find_spec, which other libraries probe with, refuses a module without a spec.
+    # Other libraries probe with importlib.util.find_spec, which raises for a module without a spec.
     engine.__spec__ = importlib.machinery.ModuleSpec("transformer_engine", None)
     pytorch.__spec__ = importlib.machinery.ModuleSpec("transformer_engine.pytorch", None)
     sys.modules["transformer_engine"] = engine
@@ -63,15 +63,15 @@ def _transformer_engine_names() -> None:
         importlib.import_module("megatron.bridge.peft.lora")
     finally:
         del sys.modules["transformer_engine"], sys.modules["transformer_engine.pytorch"]
-    # Modules that found the stand-in must not use it: `megatron.bridge.peft.utils.get_adapter_attributes_from_linear`
-    # would test layers against its classes.
+    # Modules that found the placeholder must not use it:
+    # `megatron.bridge.peft.utils.get_adapter_attributes_from_linear` would test layers against its classes.
     for name in set(sys.modules) - before:
         if name.startswith("megatron.") and getattr(sys.modules[name], "HAVE_TE", False):
             sys.modules[name].HAVE_TE = False  # type: ignore[attr-defined]
 
 
 def _expert_indices() -> None:
-    """Appends the index of an expert of `SequentialMLP` to the name in which the library looks for it."""
+    """Append the index of a `SequentialMLP` expert to the name in which the library looks for it."""
     mapping = importlib.import_module("megatron.bridge.models.conversion.param_mapping").MegatronParamMapping
     stock = mapping.gather_from_ep_ranks
     if getattr(stock, "numbered", False):
@@ -90,7 +90,7 @@ def _expert_indices() -> None:
 
 
 def _router_without_transformer_engine() -> None:
-    """Defines `te_general_gemm`, to which the router refers, as None where Transformer Engine is missing."""
+    """Define `te_general_gemm`, which the router uses, as None without Transformer Engine."""
     module = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if "te_general_gemm" not in inspect.getsource(module):
         raise RuntimeError(f"{module.__name__} does not use te_general_gemm; revise nemo_popsd/runtime/local_layers.py")
@@ -99,7 +99,7 @@ def _router_without_transformer_engine() -> None:
 
 
 def _names_of_local_experts() -> None:
-    """Counts the experts of `SequentialMLP` over all expert-parallel ranks, as the library does for a grouped layer."""
+    """Number the experts of `SequentialMLP` over all expert-parallel ranks, as the library does for a grouped layer."""
     module = importlib.import_module("megatron.bridge.models.conversion.model_bridge")
     stock = module._megatron_local_name_to_global
     if getattr(stock, "counts_local_experts", False):
@@ -122,7 +122,7 @@ def _names_of_local_experts() -> None:
 
 
 LOCAL_LAYERS: tuple[Adaptation, ...] = (
-    # First: importing anything of Megatron-Bridge needs it.
+    # This comes first: every import from Megatron-Bridge needs it.
     Adaptation(
         "Transformer Engine's names for the import of LoRA",
         ("megatron.bridge.peft.lora_layers",),
@@ -152,4 +152,4 @@ LOCAL_LAYERS: tuple[Adaptation, ...] = (
         _names_of_local_experts,
     ),
 )
-"""Everything that is changed for local layers, in the order of application."""
+"""All changes for local layers, in order of application."""

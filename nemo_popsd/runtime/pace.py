@@ -1,4 +1,4 @@
-"""Elapsed and remaining time of work that is counted in units, for lines of progress."""
+"""Elapsed and remaining time of work that is counted in units, for progress messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _MEASURED_UNITS = 16
 
 
 class Pace:
-    """How long work has taken, and how long it will take at the pace of the last units.
+    """Elapsed time, and remaining time at the pace of the last units.
 
     Args:
-        total: units of the work.
-        completed: units that were done before this process began.
-        clock: seconds, for tests.
+        total: total number of units.
+        completed: number of units completed before this process started.
+        clock: returns seconds; tests replace it.
     """
 
     def __init__(self, total: int, *, completed: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,7 +25,7 @@ class Pace:
         self._recent = deque([(completed, self._start)], maxlen=_MEASURED_UNITS + 1)
 
     def after(self, completed: int) -> str:
-        """The times when `completed` units are done, e.g. ``"elapsed 0:01:30, left 0:04:30"``."""
+        """Format the times after `completed` units, e.g. ``"elapsed 0:01:30, left 0:04:30"``."""
         now = self._clock()
         self._recent.append((completed, now))
         first, then = self._recent[0]
@@ -36,7 +36,7 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as ``"0:01:30"``, with days in front if there are any."""
+    """Format `seconds` as ``"0:01:30"``, preceded by days if there are any."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

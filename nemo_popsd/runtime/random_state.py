@@ -1,4 +1,4 @@
-"""State of every random generator of this process as tensors, to be saved and restored."""
+"""Saving and restoring the state of every random generator of this process as tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRACKER = "megatron/"
 
 
 def capture_random_state() -> dict[str, Tensor]:
-    """State of the generators of Python, NumPy, torch (CPU and this process's device) and Megatron's tracker."""
+    """Return the state of the generators of Python, NumPy, torch (CPU and own device) and Megatron's tracker."""
     _, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -34,7 +34,7 @@ def capture_random_state() -> dict[str, Tensor]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Context that restores all generators when it ends."""
+    """Restore the state of all generators at the end of the context."""
     state = capture_random_state()
     try:
         yield
@@ -43,7 +43,7 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    """Restores what `capture_random_state` returned on the same rank of the same layout."""
+    """Restore a state that `capture_random_state` returned on the same rank of the same layout."""
     gauss = state["python/gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss, cached = state["numpy/rest"].tolist()

@@ -1,6 +1,6 @@
-"""A view of torch in which CUDA is the CPU, bound to the name ``torch`` in adapted library modules.
+"""A view of torch in which the CUDA device is the CPU, bound to the name ``torch`` in adapted library modules.
 
-torch itself is not changed; `nemo_popsd.runtime.cpu` lists the modules that get the view.
+torch itself is not changed; `nemo_popsd.runtime.cpu` lists the adapted modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 class _NoStream:
-    """A CUDA stream and event on the CPU, where every operation has finished when its call returns."""
+    """A CUDA stream and event on the CPU, where every operation completes before its call returns."""
 
     def __enter__(self) -> None: ...
 
@@ -40,7 +40,7 @@ class _NoStream:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """``torch.cuda`` as Megatron sees it: one device, the CPU, with the CPU's generator."""
+    """``torch.cuda`` for Megatron: a single device, the CPU, with the CPU's generator."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -57,7 +57,7 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _TorchOnCpu(types.ModuleType):
-    """``torch`` as Megatron sees it: torch's own attributes, except for CUDA devices."""
+    """``torch`` for Megatron: torch's own attributes, except for CUDA devices."""
 
     def __init__(self) -> None:
         super().__init__("torch")

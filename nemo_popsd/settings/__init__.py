@@ -1,1 +1,1 @@
-"""How settings are declared, not which ones exist: bounds, checks, and errors that name the setting."""
+"""Declaration of settings: bounds, checks, and errors that name the setting. The settings themselves are elsewhere."""

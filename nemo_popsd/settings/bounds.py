@@ -1,7 +1,7 @@
-"""Rules on a setting beyond its type, declared with it: `Annotated[int, Bounds(1, 100)]`, `Annotated[str, Text.PATH]`.
+"""Rules that annotate the type of a setting: `Annotated[int, Bounds(1, 100)]`, `Annotated[str, Text.PATH]`.
 
-Every number of every section declares finite bounds, so that an absurd value (an infinite time-out, a seed that no
-generator accepts, a batch that fills the memory) is refused when the configuration is read.
+Every numeric setting declares finite bounds, so that an unusable value (an infinite time-out, a seed that no generator
+accepts, a batch that exceeds memory) is refused when the configuration is read.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Bounds:
     """The interval of a number, or of each number in a list."""
 
     low: float
-    """Least value."""
+    """Minimum."""
     high: float
-    """Greatest value."""
+    """Maximum."""
     above: bool = False
-    """`low` itself is excluded."""
+    """Exclude `low` itself."""
     below: bool = False
-    """`high` itself is excluded."""
+    """Exclude `high` itself."""
     or_zero: bool = False
-    """0 is allowed as well, where it turns something off."""
+    """Also allow 0, which disables the feature."""
 
     def contains(self, value: float) -> bool:
-        """Whether `value` lies within; NaN never does."""
+        """Whether `value` is within the bounds; false for NaN."""
         if self.or_zero and value == 0:
             return True
         over = value > self.low if self.above else value >= self.low
@@ -55,7 +55,7 @@ class Text(Enum):
     LINE = "line"
     """One line, the default."""
     NAME = "name"
-    """A short line that is not empty, used as a name outside the configuration too."""
+    """A short line that is not empty; also used as a name outside the configuration."""
     PATH = "path"
     """A path; a leading `~` is the home directory."""
     PROSE = "prose"

@@ -15,13 +15,13 @@ _SHOWN = 120
 
 
 def shown(value: object) -> str:
-    """`value` as one line of bounded length, for a message."""
+    """Format `value` as one line of bounded length, for a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def refuse(name: str, value: object, need: str) -> UserError:
-    """The error for a `value` that the setting `name` cannot have."""
+    """Return the error for an invalid `value` of the setting `name`."""
     return UserError("configuration", got=f"{name}={shown(value)}", need=need, fix=f"set {name}")
 
 

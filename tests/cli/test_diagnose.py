@@ -31,8 +31,8 @@ def test_fp8_is_measured_on_the_untrained_model(
     assert cli.main(["diagnose", TINY, *overrides, "--fp8"]) == 0
     assert calls == [("diagnose_fp8", load_config(TINY, overrides))]
     for words, message in (
-        (["--checkpoint", str(tmp_path)], "frozen passes are of the untrained model"),
-        (["--views", "answer"], "--fp8 beside it"),
+        (["--checkpoint", str(tmp_path)], "frozen passes use the untrained model"),
+        (["--views", "answer"], "--fp8 in addition"),
     ):
         assert cli.main(["diagnose", TINY, f"output={tmp_path}", "--fp8", *words]) == cli.USER_ERROR
         assert message in capsys.readouterr().err

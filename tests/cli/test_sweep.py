@@ -39,7 +39,7 @@ def test_the_runs_are_all_combinations_and_each_has_its_own_output() -> None:
         ([1], ["seed=2"], "seed more than once"),
         ([], ["optimizer.lr"], "got --grid optimizer.lr; need key=value,value"),
         ([], ["optimizer.lr=1,,2"], "need key=value,value"),
-        ([], ["output=a,b"], "set output once for all"),
+        ([], ["output=a,b"], "set output as an override"),
         (list(range(201)), [], "201 runs; need different values, and at most 200 runs"),
         ([], ["name_of.x=a b,a-b"], "two runs with the output"),
     ],
@@ -115,7 +115,7 @@ def test_all_runs_are_checked_before_the_first(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert cli.main(["train", TINY, f"output={tmp_path}", "--seeds", "1,2"]) == 2
-    assert "start torchrun for each run, or submit slurm/sweep.sh" in capsys.readouterr().err
+    assert "start each run with torchrun, or submit slurm/sweep.sh" in capsys.readouterr().err
     assert started == []
     with pytest.raises(SystemExit):
         cli.main(["train", TINY, "--seeds", "1,x"])

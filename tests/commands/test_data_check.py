@@ -76,8 +76,8 @@ def test_a_question_of_the_evaluation_that_is_trained_on_is_wrong(model: Path, t
     leak = {"question": "what is  2+1?", "answer": 3}
     check = check_data(config(model, tmp_path, TRAIN, [*HELD_OUT, leak]))
     assert wrong(check) == (
-        "1 questions of data.validation are trained on (row held_out.jsonl:4 of data.validation is row train.jsonl:3 "
-        "of data.train); remove these rows from one of the two"
+        "1 questions of data.validation are also in data.train (row held_out.jsonl:4 of data.validation is row "
+        "train.jsonl:3 of data.train); remove these rows from one of the two"
     )
 
 
@@ -102,7 +102,7 @@ def test_answers_that_the_checker_does_not_accept_are_wrong(
     monkeypatch.setattr(equivalence, "load_checker", lambda name: lambda answer, expected: answer == expected != "3")
     given = config(model, tmp_path, None, HELD_OUT)
     given.evaluation.checker = "mine"
-    assert "evaluation.checker=mine does not accept 1 answers of data.validation as their own ('3')" in wrong(
+    assert "evaluation.checker=mine rejects 1 answers of data.validation compared with themselves ('3')" in wrong(
         check_data(given)
     )
 
@@ -129,7 +129,7 @@ def test_truncation_is_wrong_where_it_is_the_rule(model: Path, tmp_path: Path) -
 def test_a_limit_that_leaves_most_rows_out_is_wrong(model: Path, tmp_path: Path) -> None:
     rows = [{"question": "Why? " * 40, "reference": "So."}] * 3
     check = check_data(config(model, tmp_path, [*TRAIN[:2], *rows]))
-    assert "3 of 5 rows of data.train are left out" in wrong(check)
+    assert "3 of 5 rows of data.train are dropped" in wrong(check)
 
 
 def test_more_tokens_than_positions_are_wrong(model: Path, tmp_path: Path) -> None:
@@ -161,4 +161,4 @@ def test_the_command_exits_with_2_if_something_is_wrong(tmp_path: Path, capsys: 
     assert main(["data", "check", conf, *overrides]) == 0
     assert "20 of 20 rows kept" in capsys.readouterr().out
     assert main(["data", "check", conf, "data.validation.path=nemo_popsd:tiny_train", *overrides]) == 2
-    assert "5 questions of data.validation are trained on" in capsys.readouterr().out
+    assert "5 questions of data.validation are also in data.train" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def test_moving_weights_that_need_two_output_matrices_are_refused() -> None:
     check_sections(config)
     config.student.adaptation = "full"
     with pytest.raises(
-        UserError, match=r"teacher\.weights=ema and distillation\.anchor\.weights=frozen .*LoRA leaves it"
+        UserError, match=r"teacher\.weights=ema and distillation\.anchor\.weights=frozen .*LoRA keeps it"
     ):
         check_sections(config)
     config.distillation.anchor = WeightsConfig(weights="ema")

@@ -288,11 +288,11 @@ def test_a_run_in_place_of_a_model_is_refused_with_its_checkpoint(runnable: Pops
         check_checkpoint(str(run), setting="--checkpoint")
     (run / "checkpoints" / "step-000010" / "manifest.json").touch()
     runnable.student.source = str(run)
-    with pytest.raises(UserError, match=r"student\.source '.*', which is the output of a run; .*give .*/step-000010$"):
+    with pytest.raises(UserError, match=r"student\.source '.*', which is the output of a run; .*use .*/step-000010$"):
         check_training_run(runnable, world_size=1)
     (run / "checkpoints" / "final").mkdir()
     (run / "checkpoints" / "final" / "manifest.json").touch()
-    with pytest.raises(UserError, match=r"give .*/checkpoints/final$"):
+    with pytest.raises(UserError, match=r"use .*/checkpoints/final$"):
         check_checkpoint(str(run), setting="--checkpoint")
     check_checkpoint(str(run / "checkpoints" / "final"), setting="--checkpoint")
 

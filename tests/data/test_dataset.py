@@ -187,5 +187,5 @@ def test_a_large_file_that_changes_during_a_run_is_refused(tmp_path: Path, monke
     assert dataset[2].record.question == "What is 2+1?"
     with path.open("r+b") as file:
         file.write(path.read_bytes().replace(b"What", b"Then"))
-    with pytest.raises(UserError, match=r"a\.jsonl: got another content at byte \d+ than when the run began"):
+    with pytest.raises(UserError, match=r"a\.jsonl: got different content at byte \d+ than at the start of the run"):
         dataset[2]

@@ -152,7 +152,7 @@ def test_a_malformed_row_is_left_out_and_counted(tmp_path: Path) -> None:
     report = convert("gsm8k", [str(source)], tmp_path / "rows.jsonl")
     assert str(report) == (
         "1 of 2 rows written; columns question, reference, answer; "
-        f"1 malformed left out (first: {source}:1: column 'answer' has no final answer after ####)"
+        f"1 malformed and dropped (first: {source}:1: column 'answer' has no final answer after ####)"
     )
 
 
@@ -178,7 +178,7 @@ def test_another_layout_is_refused_with_the_columns_of_both(tmp_path: Path) -> N
 
 def test_files_without_mathematics_are_refused(tmp_path: Path) -> None:
     source = str(small.write_jsonl(tmp_path / "a.jsonl", [CASES["DASD"][1][1]]))
-    with pytest.raises(UserError, match="1 left out, which are not mathematics"):
+    with pytest.raises(UserError, match="1 dropped because they are not mathematics"):
         convert("dasd", [source], tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
     (tmp_path / "earlier.jsonl").write_text("kept")

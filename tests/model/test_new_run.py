@@ -63,4 +63,4 @@ def test_from_config_trains_in_a_directory_of_its_own(tmp_path: Path, ranks: int
     assert all(line["train/loss"] > 0 for line in lines)
     assert "steps: 2" in (output / "config.yaml").read_text()
     assert (output / "checkpoints" / "step-000001").is_dir()
-    assert "which has a run" in seen[0]["again"]
+    assert "which contains a run" in seen[0]["again"]

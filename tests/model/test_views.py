@@ -163,7 +163,7 @@ def test_rows_are_those_that_fit_under_every_view(tmp_path: Path) -> None:
     found = rows(tmp_path, *limits, lines=lines, views=("answer", "solution"))
     assert [row.record.answer for row in found.teachers["answer"]] == ["3", "4"]
     assert [row.record.answer for row in found.teachers["solution"]] == ["3", "4"]
-    with pytest.raises(UserError, match=r"1 rows of data\.train that fit under all of answer, solution"):
+    with pytest.raises(UserError, match=r"1 rows of data\.train that fit all of answer, solution"):
         rows(tmp_path, *limits, lines=lines[:2], views=("answer", "solution"))
 
 
