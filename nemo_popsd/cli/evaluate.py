@@ -50,7 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--base",
         metavar="NAME",
         default=None,
-        help="with --compare: the baseline of the comparison, by name or path; default: the first evaluation",
+        help="with --compare: the evaluation that the others are compared with, by name or path; default: the first",
     )
     parser.set_defaults(run=run)
 

@@ -20,7 +20,7 @@ _LONGEST_TEXT = 400
 
 
 class LostPeerError(TransientError):
-    """An error on this rank that was caused by a failure of another rank."""
+    """An error on this rank that a failure of another rank caused."""
 
 
 def as_lost_peer(error: BaseException, *, command: str, config: object) -> LostPeerError | None:

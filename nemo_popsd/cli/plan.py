@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="simulate steps with responses of unequal lengths and slow nodes (simulation.*) by number of nodes",
+        help="simulate steps with responses of unequal lengths and slow nodes (simulation.*), by number of nodes",
     )
     parser.add_argument(
         "--failures",

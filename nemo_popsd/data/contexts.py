@@ -81,7 +81,7 @@ class FittedRow:
 
 
 class Misfit(StrEnum):
-    """Reasons for dropping or skipping a row."""
+    """Why a row is dropped or skipped."""
 
     MALFORMED = "malformed"
     LONG_REFERENCE = "long reference"
