@@ -1,4 +1,4 @@
-"""What a step measures of several responses to one question."""
+"""Statistics of a step over several responses to one question."""
 
 from __future__ import annotations
 
