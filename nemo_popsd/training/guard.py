@@ -46,8 +46,8 @@ def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequenc
 def refuse_non_finite_update(step: int, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
     """Raises the same error on every rank if a weight on any rank is not finite after the update of a step.
 
-    A finite gradient may cause a non-finite update, for example with a very large learning rate. Without this check, the
-    last step of a run would save such weights, and an earlier step would be reported as an error in the next rows.
+    A finite gradient may cause a non-finite update, e.g. with a very large learning rate. Without this check, the last
+    step of a run would save such weights, and an earlier step would be reported as an error in the next rows.
 
     Collective over the world: one all-reduce of one number.
 
