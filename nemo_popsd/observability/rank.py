@@ -1,4 +1,4 @@
-"""Which process logs and prints."""
+"""Determines the process that logs and prints."""
 
 from __future__ import annotations
 
