@@ -1,4 +1,4 @@
-"""Means and quartiles of per-token figures: over all tokens, by position, by entropy, for marker tokens and others."""
+"""Means and quartiles of per-token statistics: over all tokens, by position, by entropy, by membership in a marker."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ MEASURES = {
     "delta_total": "Δ_total of the response's token, nats",
     "delta_reference": "Δ_ref of the response's token, nats",
     "delta_question": "Δ_it of the response's token, nats",
-    "delta_target": "log P less log π_θ of the response's token, nats",
+    "delta_target": "log P minus log π_θ of the response's token, nats",
     **{statistic.name: f"{statistic.symbol}, {statistic.unit}" for statistic in TOKEN_STATISTICS},
 }
-"""Per-token figures by name, with their meaning: the declared statistics, and Δ of the token itself."""
+"""Meaning of the per-token statistics by name: the declared statistics, and Δ of the token itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFigures:
-    """One response token, as grouping needs it."""
+    """The properties of one response token that grouping needs."""
 
     position: int
-    """In its response, from 0."""
+    """Position in the response, from 0."""
     marked: bool
     """Whether it belongs to a marker."""
     values: Mapping[str, float]
-    """By the names of `MEASURES`; NaN where not defined."""
+    """Statistics by the names of `MEASURES`; NaN if undefined."""
 
 
 def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> Groups:
