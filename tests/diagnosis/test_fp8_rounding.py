@@ -33,9 +33,7 @@ def test_a_large_value_affects_only_its_block() -> None:
     x = VALUES * 1e-3
     x[0, 0] = 1e5
     off = {recipe: (make()[0](x) - x).abs() for recipe, make in ROUNDINGS.items()}
-    assert float(off["tensorwise"][1:].max()) == float(x[1:].abs().max()), (
-        "below the smallest value: 0"
-    )
+    assert float(off["tensorwise"][1:].max()) == float(x[1:].abs().max()), "below the smallest value: 0"
     assert float(off["blockwise"][1:].max()) < 1e-3 * VALUES.abs().max() / 8
     assert float(off["mxfp8"][0, 32:].max()) < 1e-3 * VALUES.abs().max() / 8 < float(off["blockwise"][0, 32:128].max())
 

@@ -10,8 +10,8 @@ distribution, D ∈ {student π_θ, teacher π_T, reference-only teacher π_ref,
                   each: the first-order change of the accuracy, in points, for a step along the gradient of the loss
                   that changes the log-probability of an answer by one nat (root mean square)
     markers       1000 · Σ (P(M) − π_θ(M)) / tokens, where M are the entries that equal a marker
-    length        Σ π_θ(E) / Σ P(E) − 1, where E are the entries that end an answer: the relative change of tokens per end
-                  if the probability of an end at each state were that of the target
+    length        Σ π_θ(E) / Σ P(E) − 1, where E are the entries that end an answer: the relative change of tokens
+                  per end if the probability of an end at each state were that of the target
 
 Intervals are percentiles of a bootstrap over problems (`nemo_popsd.evaluation.estimates`).
 """

@@ -86,7 +86,7 @@ def best(ordered: Sequence[Verdict], lead: Score | None) -> str:
         return f"None is expected to help; the best is {first.name}, which {_EXPECTED[first.kind]}."
     if lead is None or len(ordered) < 2:
         return f"{text}."
-    sure = "" if lead["low"] > 0 or ordered[1].kind != first.kind else ", which does not separate them"
+    sure = "" if lead["low"] > 0 or ordered[1].kind != first.kind else ", which is not significant"
     return f"{text}; its gain is {shown(lead)} points above that of {ordered[1].name}{sure}."
 
 
