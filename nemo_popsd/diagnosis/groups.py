@@ -35,14 +35,14 @@ class TokenFigures:
 
 
 def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> Groups:
-    """Figures of all groups, ready for JSON.
+    """Statistics of all groups, as JSON values.
 
     Position bins have equal lengths up to the longest response; an entropy bin has lower edge ≤ H < upper edge.
 
     Returns:
         "all", "markers" and "others" with one group each; "position" and "entropy" with lists of groups, which
         also have "from" and "to" ("to" is null for the last entropy bin). A group has "tokens" and, for each measure,
-        "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null where there are none.
+        "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null if there are none.
     """
     longest = max((token.position for token in tokens), default=0) + 1
     step = math.ceil(longest / position_bins)

@@ -38,7 +38,7 @@ class PushedEntry(TypedDict):
     text: str
     mass: float | None
     push: dict[str, float | None]
-    """By component."""
+    """First-order change by component."""
 
 
 class MarkerPush(TypedDict):
@@ -47,7 +47,7 @@ class MarkerPush(TypedDict):
     entries: int
     mass: float | None
     push: dict[str, float | None]
-    """By component."""
+    """First-order change by component."""
 
 
 class Extremes(TypedDict):

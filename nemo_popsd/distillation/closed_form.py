@@ -74,7 +74,7 @@ def shard_stats(
 ) -> Tensor:
     """Computes s and t from raw products, in place, and returns their statistics on this shard.
 
-    s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` where there is no anchor.
+    s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` if there is no anchor.
 
     Args:
         s_RV: W_s·h.
@@ -123,7 +123,7 @@ def merge_shards(stats_PKR: Tensor) -> VocabStats:
     """
     max_s, max_t, z_s, z_t, s_s, t_t, s_difference, t_difference = stats_PKR.unbind(1)
     largest_s, largest_t = max_s.amax(0), max_t.amax(0)
-    # A shard that holds only padding has maximum −∞. It is left out, since 0·∞ would be NaN.
+    # A shard with only padding has maximum −∞. It is excluded, since 0·∞ would be NaN.
     gap_s = torch.where(max_s == -torch.inf, 0.0, max_s - largest_s)
     gap_t = torch.where(max_t == -torch.inf, 0.0, max_t - largest_t)
     share_s, share_t = gap_s.exp(), gap_t.exp()

@@ -16,13 +16,13 @@ class TargetConfig:
 
     family: str = "purified"
     """`purified` (arXiv 2607.02234), `opsd` (2601.18734), `beta_opsd` (2607.28582), `student_pmi` (PMI on the live
-    student, an ablation), `reference_free` (a teacher that sees the question alone, a baseline), `other_reference`
-    (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or `wrong_reference` (OPSD's teacher against
-    one that sees another row's reference). What a reference is: `data.privileged.view`."""
+    student, an ablation), `reference_free` (a teacher that sees only the question, a baseline), `other_reference`
+    (OPSD whose teacher sees another row's reference, OP²SD, 2608.09228) or `wrong_reference` (the contrast of OPSD's
+    teacher with one that sees another row's reference). `data.privileged.view` determines the reference."""
     beta: Annotated[float, Bounds(1e-3, 1e6)] = 1.0
-    """Strength of the anchor, for `purified` and `student_pmi`: the PMI is divided by it, after the tanh."""
+    """Strength of the anchor for `purified` and `student_pmi`; divides the PMI after the tanh."""
     cap: Annotated[float | None, Bounds(1e-3, 1e6)] = 10.0
-    """Bound c of the soft cap c·tanh(Δ/c), for `purified` and `student_pmi`; null means none."""
+    """Bound c of the soft cap c·tanh(Δ/c), for `purified` and `student_pmi`; null means no cap."""
     weight: Annotated[float, Bounds(0, 1)] = 0.5
     """Weight of the privileged teacher in `beta_opsd`."""
     alpha: Annotated[float, Bounds(1e-3, 1e3)] = 1.0
@@ -98,10 +98,10 @@ class TokensConfig:
             ("target", self.min_target_entropy, self.max_target_entropy),
         ):
             if high is not None and low > high:
-                need = f"at least distillation.tokens.min_{name}_entropy={low}, else no token has a loss"
+                need = f"at least distillation.tokens.min_{name}_entropy={low}, otherwise no token has a loss"
                 raise refuse(f"distillation.tokens.max_{name}_entropy", high, need)
         if self.right == self.wrong == 0:
-            raise refuse("distillation.tokens.wrong", 0.0, "more than 0 where distillation.tokens.right is 0")
+            raise refuse("distillation.tokens.wrong", 0.0, "more than 0 if distillation.tokens.right is 0")
 
     @property
     def by_answer(self) -> bool:

@@ -72,9 +72,7 @@ class Target:
         if self.cap is not None:
             _require_positive("cap", self.cap)
             if self.reference != -self.privileged:
-                raise _refuse(
-                    "reference", self.reference, f"reference=-privileged={-self.privileged!r} where cap is set"
-                )
+                raise _refuse("reference", self.reference, f"reference=-privileged={-self.privileged!r} if cap is set")
 
     @classmethod
     def purified(cls, beta: float = 1.0, cap: float | None = 10.0, temperature: float = 1.0) -> Target:

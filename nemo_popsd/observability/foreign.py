@@ -15,7 +15,7 @@ logger = logging.getLogger("nemo_popsd.libraries")
 
 _EXPECTED_WARNINGS = (
     ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends
-    ".*legacy GroupedMLP.*",  # the same, where Transformer Engine is absent
+    ".*legacy GroupedMLP.*",  # the same, without Transformer Engine
     ".*does not have many workers.*",  # batches are lists of token ids; nothing is loaded in the background
     ".*Only transformer-engine>=.* supports MoE experts.*",  # likewise, in 0.19
     ".*full scope is deprecated.*",  # megatron-core's own default for CUDA graphs, which are not used

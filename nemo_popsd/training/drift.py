@@ -3,7 +3,7 @@
 Each quantity has a two-sided CUSUM (E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954; D. C. Montgomery,
 "Introduction to Statistical Quality Control", chapter 9). With μ and σ of the first m steps, z = (x − μ) / σ and
 
-    S⁺ ← max(0, S⁺ + z − k)        S⁻ ← max(0, S⁻ − z − k)        alarm where either exceeds h
+    S⁺ ← max(0, S⁺ + z − k)        S⁻ ← max(0, S⁻ − z − k)        alarm if either exceeds h
 
 k is the sum of σ/2 (as usual), σ/√m (the standard error of μ) and the tolerated change: training is meant to change the
 model, so a lasting change of a few per cent raises no alarm. The change began after the last step at which the sum was
@@ -41,7 +41,7 @@ class Quantity:
     meaning: str
     """Description for messages."""
     slack: float
-    """Factor of `guard.drift.slack` that gives the tolerated change."""
+    """Factor that is multiplied with `guard.drift.slack` to obtain the tolerated change."""
     error: str = ""
     """Name of the metric with its standard error; empty if it has none."""
     is_share: bool = False

@@ -75,7 +75,7 @@ class Objective:
         self._output = output or (lambda: OutputMatrix(lambda: student.base_weight, lambda: student.centre))
 
     def with_target(self, target: Target) -> Objective:
-        """The same divergence with another target and without gates. The frozen output matrix is the base's."""
+        """An objective with the same divergence, another target of the student's base, and no gates."""
         return Objective(self._student, target, self.divergence, chunk_tokens=self._chunk_tokens, fused=self._fused)
 
     def __call__(

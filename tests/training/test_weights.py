@@ -98,7 +98,7 @@ def _both(rank: int, world_size: int, *weights: object) -> list[list[list[float]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"right": 0.0, "wrong": 0.0}, r"tokens\.wrong=0\.0; need more than 0 where distillation\.tokens\.right is 0"),
+        ({"right": 0.0, "wrong": 0.0}, r"tokens\.wrong=0\.0; need more than 0 if distillation\.tokens\.right is 0"),
         ({"min_target_entropy": 2.0, "max_target_entropy": 1.0}, r"max_target_entropy=1\.0; need at least .*=2\.0"),
         ({"min_student_entropy": 2.0, "max_student_entropy": 1.0}, r"max_student_entropy=1\.0"),
         ({"max_student_probability": 0.0}, r"max_student_probability=0\.0"),
