@@ -43,8 +43,8 @@ class CostMetrics:
     tflops: float | None = None
     """TFLOP/s of one GPU in the frozen branches and in training, including recomputed operations."""
     mfu: float | None = None
-    """Model FLOPs utilization: operations of the step divided by its seconds and the peak of the GPU. Includes the
-    rollouts, except with `rollout.overlap`. Available on H100, H200, H800, A100 and B200."""
+    """Operations of the step divided by its seconds and by the peak FLOP/s of the GPU. Includes the rollouts, except
+    with `rollout.overlap`. Available on H100, H200, H800, A100 and B200."""
     memory_rollout: float | None = None
     """Peak tensor memory during the rollouts, in GiB, on the rank with the highest peak; only on GPUs."""
     memory_frozen: float | None = None

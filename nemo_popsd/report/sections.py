@@ -52,7 +52,7 @@ _PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, *_MISMATCH, "tokens_per_seco
 COSTS = {
     "tokens_per_gpu": ("Response tokens per second and GPU", ""),
     "tflops": ("Frozen branches and training", "TFLOP/s per GPU"),
-    "mfu": ("Model FLOPs utilization", ""),
+    "mfu": ("Share of the peak FLOP/s", ""),
     "memory_rollout": ("Peak memory, rollout", "GiB"),
     "memory_frozen": ("Peak memory, frozen branches", "GiB"),
     "memory_train": ("Peak memory, training", "GiB"),

@@ -231,7 +231,7 @@ def test_the_cost_of_a_step_is_listed_with_what_was_not_measured(tmp_path: Path)
     write_run(tmp_path)
     page = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert "12.5 TFLOP/s per GPU" in page
-    assert "Not measured here: response tokens per second and gpu, model flops utilization" in page
+    assert "Not measured here: response tokens per second and gpu, share of the peak flop/s" in page
     assert "<h3>cost/tflops</h3>" not in page
 
 
