@@ -1,4 +1,4 @@
-"""Errors that end a command with one line: those that the user fixes, and those that a new start may fix."""
+"""Errors that end a command with one line: those that the user must fix, and those that a restart may fix."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class UserError(ValueError):
 
 
 class TransientError(RuntimeError):
-    """A fault that no setting causes and that a new start may fix: a process of the run died or hung, a server died, a
-    file system failed for a moment.
+    """A fault that no setting causes and that a restart may fix: a process of the run died or hung, a server died, or a
+    file system failed temporarily.
 
-    The command line prints it without a traceback and exits with status 1. On this status, batch scripts start the
-    command again, up to their limit of restarts.
+    The command line prints it without a traceback and exits with status 1. Batch scripts restart the command on this
+    status, up to their restart limit.
 
     Args:
         what: what was being done, e.g. ``"checkpoint runs/a/checkpoints/step-000050"``.
@@ -92,15 +92,15 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def system_error(what: str, error: OSError, *, need: str, fix: str, where: str = "") -> UserError | TransientError:
-    """The error to raise when the operating system refused an operation.
+    """The error to raise for a failed system call.
 
-    A full disk, a missing permission or file, and similar errors remain until the user changes something: a
-    `UserError`. All others (EIO, ESTALE, ETIMEDOUT, a broken connection, ...) may not occur at the next start: a
-    `TransientError`.
+    A full disk, a missing permission or file, and similar errors persist until the user changes something; they become
+    a `UserError`. All others (EIO, ESTALE, ETIMEDOUT, a broken connection, ...) may not recur after a restart; they
+    become a `TransientError`.
 
     Args:
         what: what was being done or read.
-        error: the system's error. Without an errno it becomes a `UserError`: libraries raise such errors for bad files.
+        error: the error. Without an errno it becomes a `UserError`: libraries raise such errors for invalid files.
         need: what would be accepted, for a `UserError`.
         fix: which setting or file to change, for a `UserError`.
         where: text to append to the system's message, e.g. the rank.
@@ -112,10 +112,10 @@ def system_error(what: str, error: OSError, *, need: str, fix: str, where: str =
 
 
 def user_or_transient(error: UserError) -> UserError | TransientError:
-    """`error`, or a `TransientError` in its place if a transient fault of the system caused it.
+    """`error`, or a `TransientError` that replaces it if a transient system fault caused it.
 
-    A function that reads a file reports it as damaged when it cannot be read, whatever the reason. The reason is the
-    cause or context of the exception, which this function inspects for all of them.
+    A function that cannot read a file reports it as damaged, whatever the reason. This function inspects the chain of
+    causes and contexts of the exception to find the reason.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -126,20 +126,20 @@ def user_or_transient(error: UserError) -> UserError | TransientError:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether `error` is a fault of the system that may be absent at the next start, with nothing changed."""
+    """Whether `error` is a system fault that may not recur after a restart, without any change by the user."""
     code = _errno(error)
     return code is not None and code not in _USER_ERRNOS
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one phrase: the system's message and file for an `OSError`, type and text for others."""
+    """Describes an error in one phrase: system message and file for an `OSError`, type and text for others."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
 
 
 def _errno(error: BaseException) -> int | None:
-    """The errno of `error`; libraries in Rust give it in the text of the message only."""
+    """The errno of `error`; Rust libraries report it only in the text of the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     match = _OS_ERROR.search(str(error))
@@ -149,10 +149,10 @@ def _errno(error: BaseException) -> int | None:
 
 
 class StopRequested(Exception):  # noqa: N818 not an error
-    """A signal requested that the run save and stop. Raised on all ranks at the same point, where the weights are
-    those of the last completed step.
+    """A signal requested that the run save and stop. Raised on all ranks at the same point, with the weights of the
+    last completed step.
     """
 
 
 SAVED_AND_STOPPED = 85
-"""Exit status of a run that a signal stopped, that has saved, and that the same command continues."""
+"""Exit status of a run that saved and stopped after a signal; the same command resumes it."""

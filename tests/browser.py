@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over Chromium's debugging pipe: drawing, logs and requests of a page."""
+"""A headless Chromium, controlled over its debugging pipe, to inspect what a page draws, logs and requests."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
 _SHIM = "import os,sys;os.dup2(int(sys.argv[1]),3);os.dup2(int(sys.argv[2]),4);os.execv(sys.argv[3],sys.argv[3:])"
-_SECONDS = 90.0  # starting takes a second, and many on a busy machine
+_SECONDS = 90.0  # the start takes a second, but much longer on a busy machine
 
 
 def chromium() -> str:
-    """Path of a browser; skips the test by name if there is none."""
+    """Path of a browser; skips the test if there is none."""
     for name in _NAMES:
         path = shutil.which(name)
         if path:
@@ -64,7 +64,7 @@ class Page:
         return result["result"].get("value")
 
     def move_to(self, selector: str, index: int = 0, *, across: float = 0.5) -> None:
-        """Moves the pointer onto an element, `across` of its width from the left, scrolling it into view first."""
+        """Scrolls an element into view, and moves the pointer to the fraction `across` of its width from the left."""
         box = self.value(
             f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{index}];"
             "e.scrollIntoView({block: 'center'}); const b = e.getClientRects()[0];"
@@ -74,7 +74,7 @@ class Page:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def complaints(self) -> list[str]:
-        """Everything that was logged, thrown or refused so far."""
+        """All log entries, exceptions and refused resources so far."""
         messages = []
         for event in self._browser.events(self._session):
             if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
@@ -82,12 +82,12 @@ class Page:
         return messages
 
     def requests(self) -> list[str]:
-        """Addresses that the page has requested, its own included."""
+        """Addresses that the page has requested, including its own."""
         events = self._browser.events(self._session)
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """Writes a PNG of the viewport, or of the full page."""
+        """Writes a PNG of the visible part, or of the whole page."""
         data = self.send("Page.captureScreenshot", captureBeyondViewport=whole, format="png")["data"]
         file.write_bytes(base64.b64decode(data))
 
@@ -139,7 +139,7 @@ class Browser:
 
 @contextmanager
 def running_browser(profile: Path) -> Iterator[Browser]:
-    """Starts a browser with an empty profile in `profile`, and ends it and all its processes."""
+    """Starts a browser with an empty profile in `profile`; ends it and all its processes on exit."""
     program = chromium()
     browser_in, own_out = os.pipe()
     own_in, browser_out = os.pipe()

@@ -1,4 +1,4 @@
-"""The source of a function, class or module of a library, by its dotted name and without importing it."""
+"""Finds the source of a function, class or module of a library by its dotted name, without importing it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def cited_source(name: str) -> str | None:
-    """Source text of what `name` cites, None where its top-level package is not installed.
+    """Source text of the object `name`; None if its top-level package is not installed.
 
     Raises:
-        LookupError: the package is installed and has nothing of this name.
+        LookupError: the package is installed but does not contain the name.
     """
     parts = name.split(".")
     place, depth = _module(parts)

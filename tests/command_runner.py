@@ -1,4 +1,4 @@
-"""Runs `popsd` commands, each in a separate process that is forked with all packages imported."""
+"""Runs `popsd` commands, each in a separate process forked from one that has imported all packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from tests.fork_servers import CONTEXT, LOCAL, die_with_parent, forked_by
 
 HANGS = None
-"""The result of `run_command` for a command that did not end in time."""
+"""Result of `run_command` for a command that did not end in time."""
 
 
 def run_command(
@@ -25,13 +25,13 @@ def run_command(
     environment: dict[str, str] | None = None,
     directory: Path | None = None,
 ) -> int | None:
-    """Run ``popsd *argv`` and return its exit status, or `HANGS`; a traceback counts as 1.
+    """Runs ``popsd *argv`` and returns its exit status (1 for a traceback), or `HANGS`.
 
     Args:
         argv: arguments.
-        log: file for its output.
-        timeout: seconds after which it is killed.
-        environment: variables to set besides the caller's.
+        log: file for the output.
+        timeout: seconds after which the command is killed.
+        environment: variables to set in addition to the caller's.
         directory: working directory; None uses that of the first command.
     """
     variables = {**os.environ, **(environment or {})}
@@ -60,7 +60,7 @@ def _main(argv: list[str], log: str, environment: dict[str, str], directory: Pat
 
 
 def become_command(argv: Sequence[str], log: Path, *, append: bool = False) -> NoReturn:
-    """In a forked process: run ``popsd *argv`` with its output in `log`, and end with its status, 1 for a traceback."""
+    """In a forked process: runs ``popsd *argv`` with output to `log`, exits with its status (1 for a traceback)."""
     status = 1
     try:
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | (os.O_APPEND if append else os.O_TRUNC), 0o644)

@@ -1,5 +1,6 @@
-"""Present so that the repository root is on the path (through `tests/__init__.py`) whichever test is collected; marks
-the quick tests, and gives each worker of pytest-xdist tests that belong together."""
+"""Puts the repository root on the path (through `tests/__init__.py`) for every collected test, marks the quick tests,
+and assigns related tests to the same worker of pytest-xdist.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from tests.te.location import available
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Imported objects are permanent, so the garbage collector visits them neither now nor during the tests."""
+    """Disables the garbage collector during collection, then freezes all objects, so that it never visits them."""
     gc.disable()
     try:
         return (yield)
@@ -31,7 +32,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 _OWNER = pytest.StashKey[str]()
-"""Address of this process for workers that use its fork servers."""
+"""Address at which workers reach the fork servers of this process."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,14 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import hypothesis
 
-    # Workers share the cores: the time of one example says nothing. pytest-timeout bounds each test.
+    # Workers share the cores, so the time of one example is not meaningful. pytest-timeout limits each test.
     hypothesis.settings.register_profile("no deadline", deadline=None)
     hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    if _quick_alone(config):  # no quick test needs what a server imports
+    if _quick_alone(config):  # no quick test needs the imports of a server
         return
     config.stash[_OWNER] = fork_servers.share()
     for spec in specs:

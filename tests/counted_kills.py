@@ -1,4 +1,4 @@
-"""SIGKILL at a counted file operation; a timer could miss all of them on a busy machine."""
+"""SIGKILL at a counted file operation, because a timer could miss all operations on a busy machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 class CountedKill:
     """Counts the operations of this process on partial files (`*.partial`), and kills it at one of them.
 
-    The first round is undisturbed and only counted; `arm` then chooses an operation of the next round.
+    The first round is only counted; `arm` then selects an operation of the next round.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class CountedKill:
         sys.addaudithook(self._look)
 
     def arm(self, share: float) -> None:
-        """Kills the process in the next round after `share` (0 to 1) of the number of operations so far."""
+        """Schedules the kill in the next round, after `share` (0 to 1) of the number of operations so far."""
         count = next(self._operations) - 1
         self._last = count + 1 + round(share * count)
 

@@ -1,4 +1,4 @@
-"""A digest of a model's base weights, by which tests see that they did not change."""
+"""A digest of a model's base weights, with which tests verify that the weights did not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environment variables that are set temporarily."""
+"""Temporary environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Context with `variables` set; restores the previous values."""
+    """A context with `variables` set; restores the previous values."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

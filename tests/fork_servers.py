@@ -1,17 +1,17 @@
-"""Processes with everything imported, from which ranks, commands and the workers of pytest-xdist are forked.
+"""Fork servers: processes with all imports done, from which ranks, commands and workers of pytest-xdist are forked.
 
     with forked_by(LOCAL):
         process.start()                     # process: CONTEXT.Process(...)
 
-A server imports torch, megatron.core, NeMo and hypothesis once (`tests/preloaded.py`); what is forked from it starts in
-tenths of a second. It imports and nothing more: it has a single thread and no process group, so forking it is safe.
+A server imports torch, megatron.core, NeMo and hypothesis once (`tests/preloaded.py`), and forked processes start in
+tenths of a second. A server only imports: it has a single thread and no process group, so it can be forked safely.
 
-The import of Megatron determines the layers of a model. Processes with the layers of a GPU are forked from a second
-server (`tests/te/preloaded.py`), which starts when it is first needed.
+The import of Megatron determines the layers of models. Processes with the layers of a GPU are forked from a second
+server (`tests/te/preloaded.py`), which starts when first needed.
 
-Under pytest-xdist both servers belong to the controller. Its workers share them (`share`, `use_shared`) and are forked
+With pytest-xdist, both servers belong to the controller. Its workers share them (`share`, `use_shared`) and are forked
 from the first one (`tests/forked_worker.py`). Otherwise the servers belong to the process that needs them. A server
-ends with its owner, and is started again if it has died.
+ends with its owner, and is restarted if it has died.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from tests.environment import environment
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
-"""Layers of a server: those of a machine without CUDA; those of a GPU, with emulated kernels (`tests.te`)."""
+"""Layers of a server: those on a machine without CUDA, or those on a GPU with emulated kernels (`tests.te`)."""
 CONTEXT = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).resolve().parents[1]
 _PRELOADED = {LOCAL: "tests.preloaded", TRANSFORMER_ENGINE: "tests.te.preloaded"}
@@ -52,13 +52,13 @@ class _OwnServer(forkserver.ForkServer):
             super().ensure_running()
 
     def address(self) -> Any:
-        """The address at which the server accepts requests to fork."""
+        """Address at which the server accepts fork requests."""
         self.ensure_running()
         return self._forkserver_address
 
 
 class _SharedServer(forkserver.ForkServer):
-    """The server of another process, its owner, which starts it when it is asked for the address."""
+    """A server that belongs to another process, the owner, which starts it when the address is requested."""
 
     def __init__(self, layers: str, owner: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _SharedServer(forkserver.ForkServer):
         with connection.Client(self._owner) as owner:
             owner.send(self._layers)
             self._forkserver_address = owner.recv()
-        # Each process that is forked gets a descriptor that keeps the server alive. For this one its owner does that.
+        # A forked process receives a descriptor that keeps the server alive. Here the owner keeps it alive.
         if self._forkserver_alive_fd is None:
             self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
 
@@ -80,7 +80,7 @@ _servers: dict[str, Any] = {layers: _OwnServer(layers) for layers in _PRELOADED}
 def share() -> str:
     """Lets other processes use the servers of this one; returns the address for `use_shared`.
 
-    The first server starts now, the second when it is asked for.
+    The first server starts immediately, the second on request.
     """
     listener = connection.Listener(family="AF_UNIX")
     _servers[LOCAL].address()
@@ -89,13 +89,13 @@ def share() -> str:
 
 
 def answer(listener: connection.Listener, servers: dict[str, Any]) -> None:
-    """Answers each process that connects and sends the name of a server with the address of that server."""
+    """Answers each connected process, which sends the name of a server, with the address of that server."""
     while True:
         try:
             asking = listener.accept()
-        except OSError:  # it is closed
+        except OSError:  # the listener is closed
             return
-        with asking, contextlib.suppress(OSError, EOFError):  # the process that asks may be killed
+        with asking, contextlib.suppress(OSError, EOFError):  # the requesting process may be killed
             asking.send(servers[asking.recv()].address())
 
 
@@ -106,9 +106,9 @@ def use_shared(owner: str) -> None:
 
 @contextlib.contextmanager
 def forked_by(layers: str) -> Iterator[None]:
-    """Context in which processes of `CONTEXT` are forked by the server with `layers`, which is started unless it runs.
+    """A context in which the server with `layers`, started if necessary, forks the processes of `CONTEXT`.
 
-    multiprocessing itself supports one server only.
+    multiprocessing itself supports only one server.
     """
     before = forkserver.connect_to_new_process
     forkserver.connect_to_new_process = _servers[layers].connect_to_new_process
@@ -119,10 +119,10 @@ def forked_by(layers: str) -> Iterator[None]:
 
 
 class Descriptor:
-    """An open file of this process, as an argument of a process that is forked: there it gets the same number.
+    """An open file of this process, passed as argument to a forked process, where it gets the same number.
 
-    A server has the output of its owner. With descriptors 1 and 2, what it forks has the output of the caller, in which
-    pytest captures what belongs to a test.
+    A server writes to the output of its owner. With descriptors 1 and 2, a forked process writes to the output of the
+    caller, which pytest captures for the test.
     """
 
     def __init__(self, number: int) -> None:
@@ -139,7 +139,7 @@ def _adopt(duplicate: Any, number: int) -> None:
 
 
 def die_with_parent(*, group: bool = True) -> None:
-    """Ends this process, and the group that it leads, when the process that started it ends for any reason."""
+    """Ends this process, and the process group that it leads, when the process that started it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,6 +1,6 @@
-"""Replaces the interpreter of a worker of pytest-xdist: forks the worker from a server, with everything imported.
+"""Replaces the interpreter of a worker of pytest-xdist: forks the worker from a server with all imports done.
 
-    python tests/forked_worker.py OWNER -u -c CODE      # OWNER: of `tests.fork_servers.share`
+    python tests/forked_worker.py OWNER -u -c CODE      # OWNER: address from `tests.fork_servers.share`
 
 The forked process has the standard streams, the environment and the exit status of this one.
 """
@@ -19,7 +19,7 @@ from tests.fork_servers import CONTEXT, LOCAL, Descriptor, die_with_parent, fork
 
 
 def _work(code: str, variables: dict[str, str], *streams: None) -> None:
-    """Runs `code` as ``python -c`` does; `streams` are descriptors that are in place already."""
+    """Runs `code` like ``python -c``; `streams` are descriptors that are already in place."""
     die_with_parent(group=False)
     os.environ.clear()
     os.environ.update(variables)
@@ -28,7 +28,7 @@ def _work(code: str, variables: dict[str, str], *streams: None) -> None:
     try:
         exec(code, {"__name__": "__main__"})
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
+        atexit._run_exitfuncs()  # multiprocessing skips them
 
 
 def main(owner: str, code: str) -> int:

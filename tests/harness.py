@@ -1,4 +1,4 @@
-"""Runs one function on several ranks, each in its own process of a gloo group, and collects their results.
+"""Runs a function on several ranks, each a separate process in a gloo group, and collects the results.
 
     def worker(rank, world_size, scale):          # module level, so that it can be pickled by name
         total = torch.full((1,), scale * rank)
@@ -8,13 +8,13 @@
     results = run_ranks(worker, 2, 10.0)          # [tensor([10.]), tensor([10.])]
 
 How it works
-    * Ranks are forked from a process that has imported torch, megatron.core and hypothesis once per test session
-      (`tests/fork_servers.py`); a rank then starts in tenths of a second.
-    * The parent hosts the TCPStore on a port that the kernel selects, so there is no race for a port.
-    * Arguments and results travel as plain pickles through a pipe: no shared memory that must outlive the rank.
-    * A rank that has returned stays alive until all have, so that no rank sees a connection close during a collective.
-    * Every rank has its own session, which is killed with all its processes; a rank also watches the test process and
-      ends with it.
+    * Ranks are forked from a process that imports torch, megatron.core and hypothesis once per test session
+      (`tests/fork_servers.py`), so a rank starts in tenths of a second.
+    * The parent hosts the TCPStore on a port chosen by the kernel, so there is no race for a port.
+    * Arguments and results are pickled through a pipe; there is no shared memory that must outlive the rank.
+    * A rank that has returned stays alive until all ranks have, so that no connection closes during a collective.
+    * Every rank is a separate session and is killed with all processes that it started; a rank also watches the test
+      process and ends with it.
 """
 
 from __future__ import annotations
@@ -47,22 +47,21 @@ _FAILURE_GRACE_SECONDS = 0.3
 def run_ranks(
     worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, layers: str = LOCAL
 ) -> list[Any]:
-    """Call ``worker(rank, world_size, *args)`` on every rank and return the results, by rank.
+    """Calls ``worker(rank, world_size, *args)`` on every rank and returns the results by rank.
 
-    In each rank the default process group (gloo) is initialised, torch uses one thread, the environment is the
-    caller's plus RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and the working
-    directory is the caller's.
+    Each rank has an initialized default process group (gloo), one torch thread, the caller's working directory, and the
+    caller's environment plus RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        worker: a module-level function; so are callables among `args`.
+        worker: a module-level function. Callables among `args` must also be module-level functions.
         world_size: number of ranks.
-        args: picklable; tensors on the CPU are fine.
-        timeout: seconds for the complete run.
+        args: picklable arguments; CPU tensors are supported.
+        timeout: time limit of the complete run in seconds.
         layers: `LOCAL` or `TRANSFORMER_ENGINE`; see `tests.layers` for tests that run on both.
 
     Raises:
-        AssertionError: a rank failed (the message holds the first failing rank and its traceback) or the time was up
-            (the message names the ranks still running and shows their stacks). All ranks are dead by then.
+        AssertionError: a rank failed (the message contains the first failing rank and its traceback) or the run timed
+            out (the message contains the ranks still running and their stacks). All ranks have been killed.
     """
     import torch.distributed as dist
 
@@ -123,7 +122,7 @@ def _collect(
             raise AssertionError(f"timed out after {timeout:g} s; ranks still running: {waiting}\n{stacks}")
         failed = _receive(processes, pipes, [rank for rank in waiting if pipes[rank] in ready], results)
         if failed:
-            time.sleep(_FAILURE_GRACE_SECONDS)  # the effect of a failure on a peer may have been faster than its cause
+            time.sleep(_FAILURE_GRACE_SECONDS)  # a peer may report the effect of a failure before its cause
             rest = [rank for rank in waiting if rank not in results and pipes[rank] not in ready]
             late = connection.wait([pipes[rank] for rank in rest], 0.0)
             failed += _receive(processes, pipes, [rank for rank in rest if pipes[rank] in late], results)
@@ -135,12 +134,12 @@ def _collect(
 def _receive(
     processes: list[Any], pipes: list[connection.Connection], ranks: list[int], results: dict[int, Any]
 ) -> list[tuple[float, int, str]]:
-    """Put what `ranks` sent into `results`; return the failures as (moment, rank, text)."""
+    """Adds the results that `ranks` sent to `results`; returns failures as (time, rank, text)."""
     failures: list[tuple[float, int, str]] = []
     for rank in ranks:
         try:
             succeeded, moment, content = pickle.loads(pipes[rank].recv_bytes())
-        except (EOFError, OSError):  # died without a message: more likely the cause of a peer's error than its effect
+        except (EOFError, OSError):  # died without a message: more likely the cause than the effect of a peer's error
             processes[rank].join(_EXIT_GRACE_SECONDS)
             failures.append((0.0, rank, f"the process died with exit code {processes[rank].exitcode}"))
             continue
@@ -153,7 +152,7 @@ def _receive(
 
 def _dump_stacks(processes: list[Any], stack_files: list[str], ranks: list[int]) -> str:
     for rank in ranks:
-        with contextlib.suppress(OSError):  # the file exists once the rank can handle the signal
+        with contextlib.suppress(OSError):  # the file exists as soon as the rank can handle the signal
             if os.path.exists(stack_files[rank]):
                 os.kill(processes[rank].pid, signal.SIGUSR1)
     time.sleep(_STACK_DUMP_SECONDS)
@@ -168,7 +167,7 @@ def _kill(process: Any) -> None:
     if process.pid is None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # also what the rank itself started, even after its own exit
+        os.killpg(process.pid, signal.SIGKILL)  # includes processes that the rank started, even after its exit
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     process.join(_EXIT_GRACE_SECONDS)
@@ -194,7 +193,7 @@ def _rank_main(
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         try:
-            # The server ignores what its imports raise.
+            # The server ignores exceptions of its imports.
             assert (layers == LOCAL) == ("transformer_engine" not in sys.modules), f"the server has no {layers} layers"
             content = _call_worker(payload, rank, world_size, timeout)
             message = pickle.dumps((True, time.monotonic(), content))
@@ -220,6 +219,6 @@ def _call_worker(payload: bytes, rank: int, world_size: int, timeout: float) -> 
         _HOST, int(os.environ["MASTER_PORT"]), None, is_master=False, wait_for_workers=False, timeout=limit
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-    dist.barrier()  # a worker that destroys the group at once would close connections that peers still set up
+    dist.barrier()  # a worker that destroys the group immediately would close connections that peers still open
     worker, args = pickle.loads(payload)
     return worker(rank, world_size, *args)

@@ -1,4 +1,4 @@
-"""Process-wide state that a test may change: the package's logger and the environment."""
+"""Restores process-wide state that a test may change: the package's logger and the environment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def package_log_is_restored() -> Iterator[None]:
-    """A test that sets up the console leaves the package's logger as it was, so that `caplog` of a later test gets each
-    record once.
+    """Restores the package's logger after a test that sets up the console, so that `caplog` of a later test receives
+    each record once.
     """
     log = logging.getLogger("nemo_popsd")
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
@@ -23,8 +23,8 @@ def package_log_is_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment_is_restored() -> Iterator[None]:
-    """A module leaves the environment as it was: Megatron sets variables of Transformer Engine when it builds a model,
-    and ranks that a later test starts inherit the environment.
+    """Restores the environment after a module: Megatron sets variables of Transformer Engine when it builds a model,
+    and ranks of later tests inherit the environment.
     """
     before = dict(os.environ)
     yield

@@ -1,4 +1,4 @@
-"""The layers of a test's models, for tests that run with local and with TE layers."""
+"""The layers of models in tests that run with both local and TE layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tests.harness import LOCAL, TRANSFORMER_ENGINE
 
 on_transformer_engine = pytest.mark.transformer_engine
-"""Marks tests that concern only Transformer Engine. `tests/conftest.py` skips them if it is not installed."""
+"""Marks tests of Transformer Engine only. `tests/conftest.py` skips them if it is not installed."""
 BOTH = [LOCAL, pytest.param(TRANSFORMER_ENGINE, marks=on_transformer_engine)]
 
 

@@ -1,4 +1,4 @@
-"""Imports that a server of `tests.fork_servers` makes once for all ranks; initialises nothing."""
+"""The imports of a server of `tests.fork_servers`, which ranks then share. Does not initialize anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ["JE_ARROW_MALLOC_CONF"] = (
     "background_thread:false"  # pyarrow's allocator: a server that forks has one thread
 )
 
-gc.disable()  # what is imported stays
+gc.disable()  # imported objects are never freed
 with silence():
     for _name in (
         "torch",
@@ -27,6 +27,6 @@ with silence():
         # A package that cannot be imported is reported by the tests that need it.
         with contextlib.suppress(Exception):
             importlib.import_module(_name)
-# A collection in a rank neither visits nor copies what all ranks share.
+# Garbage collection in a rank then neither visits nor copies objects that all ranks share.
 gc.freeze()
 gc.enable()

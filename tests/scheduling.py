@@ -1,15 +1,14 @@
-"""How the tests are divided: which are quick, and which of them one worker of pytest-xdist runs together.
+"""Divides the tests: determines the quick ones, and the groups that one worker of pytest-xdist runs together.
 
-The tests of `make quick` are not listed anywhere. A test is quick unless it is marked slow, or a module of `tests` that
-defines it or one of its fixtures, or a module that this one imports,
+The tests of `make quick` are determined by their imports. A test is quick unless it is marked slow, or one of the
+following holds for a module of `tests` that defines it or one of its fixtures, or for a module imported from there:
 
-* can start a process or tries random examples (`_LONG`): looked for in modules of `tests`;
-* imports Megatron, NeMo, Lightning or Transformers' models, which takes longer than all quick tests together
-  (`_HEAVY`): looked for in all modules.
+* it can start a process or tries random examples (`_LONG`; checked in modules of `tests`);
+* it imports Megatron, NeMo, Lightning or Transformers' models, which takes longer than all quick tests together
+  (`_HEAVY`; checked in all modules).
 
-The same holds for what the test, its fixtures and the functions of `tests` that they call import when they run.
-
-Imports are read from the sources, so that `make quick` does not import files without quick tests.
+Imports at run time, in the test, its fixtures and the functions of `tests` that they call, count too. Imports are read
+from the sources, so that `make quick` does not import files without quick tests.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _OWN = {"tests", "nemo_popsd", "benchmarks", "experiments"}
 """Top-level packages of this repository."""
 _ROOT = Path(__file__).resolve().parents[1]
 _IMPORT = re.compile(r"^(?:from (\S+) import (\([^)]*\)|[^\n]*)|import ([^\n]*))", re.MULTILINE)
-"""An import that runs when the module is imported: indented ones are in functions or for type checkers."""
+"""Matches imports at module level; indented imports are inside functions or for type checkers."""
 _SLURM = "tests/slurm/"
 _SECONDS = 4.0
-"""Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` states that of a much longer one."""
+"""Typical time of a slow test; ``@pytest.mark.slow(seconds=...)`` states the time of tests that take much longer."""
 
 
 def is_quick(item: pytest.Item) -> bool:
@@ -49,13 +48,13 @@ def is_quick(item: pytest.Item) -> bool:
 
 
 def has_no_quick_tests(file: Path) -> bool:
-    """Whether `is_quick` would exclude all tests of a file because of its imports."""
+    """Whether no test of a file can be quick because of the imports of the file."""
     return file.suffix == ".py" and takes_long(".".join(file.relative_to(_ROOT).with_suffix("").parts))
 
 
 @functools.cache
 def takes_long(name: str) -> bool:
-    """Whether a module of the tests, or one that it imports, uses one of `_LONG` or imports what `_HEAVY` matches."""
+    """Whether a module of the tests, or one that it imports, uses one of `_LONG` or imports a module in `_HEAVY`."""
     if _HEAVY.match(name):
         return True
     seen, pending = {name}, [name]
@@ -74,9 +73,9 @@ def takes_long(name: str) -> bool:
 
 @functools.cache
 def imports_long(function: Callable[..., Any]) -> bool:
-    """Whether a function imports, when it runs, what `takes_long`; so do the functions of `tests` that it calls.
+    """Whether a function, or a function of `tests` that it calls, imports a module that `takes_long` at run time.
 
-    In its code, a name with a dot is that of an imported module.
+    In its code, names with a dot are imported modules.
     """
     seen, pending = {function}, [function]
     while pending:
@@ -130,14 +129,14 @@ def _file(name: str) -> Path | None:
 
 
 def group(nodeid: str) -> str:
-    """Name of the tests that one worker runs together: those of a file, or all that share a Slurm."""
+    """Name of the group of tests that one worker runs: the tests of a file, or all tests that share a Slurm."""
     return _SLURM if nodeid.startswith(_SLURM) else nodeid.partition("::")[0]
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Sort the groups by the time that they take, so that no worker starts a long one at the end.
+    """Sorts the groups by decreasing time, so that no worker starts a long group at the end.
 
-    The tests with Slurm come first, because they wait for most of their time.
+    Tests with a Slurm come first, since they mostly wait.
     """
     seconds: dict[str, float] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Imports libraries and suppresses their output."""
+"""Suppresses the output of libraries at import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Context in which nothing is printed, neither by handlers of logging that keep the standard streams."""
+    """A context without output, including that of logging handlers that hold the standard streams."""
     kept = [os.dup(number) for number in (1, 2)]
     with open(os.devnull, "w") as nothing:
         for number in (1, 2):

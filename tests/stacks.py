@@ -1,7 +1,7 @@
-"""The stack of library versions that a test runs with, and the environment of the other one.
+"""The stack of library versions with which a test runs, and the environment of the other stack.
 
 `make venv` creates `.venv` (26.02), `make venv STACK=current` creates `.venv-26.08`. Tests that need both are skipped
-by name where one is missing.
+if one is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nemo_popsd.compat.stacks import STACKS, closest
 
 ROOT = Path(__file__).parents[1]
 _ENVIRONMENTS = {"26.02.01": ".venv", "26.08": ".venv-26.08"}
-"""Folder of the Makefile by the container of the stack."""
+"""Environment folder by the container of the stack."""
 
 
 def installed() -> str:

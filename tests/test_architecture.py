@@ -1,4 +1,4 @@
-"""The direction of imports between packages, what some of them must not import, and that the documents name them."""
+"""Direction of imports between packages, forbidden imports, and packages named in the documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nemo_popsd"
 
-# From bottom to top: a package imports packages of lower layers only. Packages of one layer do not import each other.
+# From bottom to top. A package imports only packages of lower layers. Packages of one layer do not import each other.
 LAYERS = (
     ("errors",),
     ("files", "settings", "embedded", "compat"),
@@ -74,7 +74,7 @@ def packages() -> list[str]:
 
 
 def graph(root: Path) -> dict[str, dict[str, str]]:
-    """For each package and top-level module of `root`: those that it imports, each with a file that does."""
+    """For each package and top-level module of `root`, those that it imports, with one importing file each."""
     name = root.name
     edges: dict[str, dict[str, str]] = {}
     for file in sorted(root.rglob("*.py")):
@@ -92,7 +92,7 @@ def graph(root: Path) -> dict[str, dict[str, str]]:
 
 
 def circle(edges: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Packages that import each other in a cycle; empty if there is none."""
+    """Packages that form an import cycle; empty if there is none."""
     free: set[str] = set()
 
     def follow(path: list[str]) -> list[str]:
@@ -111,7 +111,7 @@ def circle(edges: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def upward(edges: Mapping[str, Mapping[str, str]], layers: Sequence[Sequence[str]]) -> list[str]:
-    """Imports that do not go to a lower layer."""
+    """Imports of packages that are not in a lower layer."""
     level = {package: index for index, layer in enumerate(layers) for package in layer}
     return [
         f"{file} imports {target}"
@@ -121,11 +121,11 @@ def upward(edges: Mapping[str, Mapping[str, str]], layers: Sequence[Sequence[str
     ]
 
 
-def test_no_packages_import_each_other_in_a_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     assert circle(graph(PACKAGE)) == []
 
 
-def test_packages_import_lower_layers_only() -> None:
+def test_packages_import_only_lower_layers() -> None:
     edges = graph(PACKAGE)
     known = {*edges, *(target for targets in edges.values() for target in targets)}
     assert known == {package for layer in LAYERS for package in layer}

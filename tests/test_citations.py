@@ -1,4 +1,4 @@
-"""Comments and docstrings cite functions of libraries by their dotted names, and the installed versions have them."""
+"""Comments and docstrings cite functions of libraries by dotted names that exist in the installed versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sources() -> list[Path]:
 
 
 def citations() -> list[tuple[str, str]]:
-    """Each cited name, and the file that cites it first."""
+    """Each cited name, with the first file that cites it."""
     cited: dict[str, str] = {}
     for file in sources():
         for name in CITATION.findall(file.read_text()):
@@ -33,7 +33,7 @@ def citations() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "file"), citations(), ids=lambda value: value)
-def test_what_is_cited_is_in_the_installed_library(name: str, file: str) -> None:
+def test_cited_names_exist_in_the_installed_library(name: str, file: str) -> None:
     if cited_source(name) is None:
         pytest.skip(f"{name.partition('.')[0]} is not installed")
 

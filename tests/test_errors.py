@@ -34,7 +34,7 @@ def test_a_system_error_is_for_the_user_or_transient(error: OSError, kind: type,
 
 
 def fail_to_read(error: Exception) -> UserError:
-    """Raises the errors of readers: a file is reported as damaged for any reason."""
+    """Returns the error of a reader that reports a file as damaged, whatever the reason."""
     try:
         try:
             raise error
@@ -44,7 +44,7 @@ def fail_to_read(error: Exception) -> UserError:
         return raised
 
 
-def test_a_file_that_cannot_be_read_for_a_moment_is_not_reported_as_damaged() -> None:
+def test_a_temporarily_unreadable_file_is_not_reported_as_damaged() -> None:
     stale = user_or_transient(fail_to_read(OSError(errno.ESTALE, "Stale file handle")))
     assert type(stale) is TransientError
     assert str(stale) == f"checkpoint c: a file that cannot be read; {START_AGAIN}; if it happens again, copy it"

@@ -1,4 +1,4 @@
-"""The harness itself: results, failures, time-outs, and that no rank outlives a run."""
+"""The harness: results, failures, time-outs, and termination of all ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _facts(rank: int, world_size: int, offset: torch.Tensor) -> dict:
 
 
 def _fork_server(rank: int, world_size: int) -> tuple[int, float]:
-    """The number of its threads, and the share of this rank's objects that collections need not visit."""
+    """Number of threads of the server, and share of this rank's objects that garbage collection skips."""
     threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
     return threads, gc.get_freeze_count() / (gc.get_freeze_count() + len(gc.get_objects()))
 
@@ -121,8 +121,8 @@ def test_results_come_back_by_rank_from_an_environment_like_torchrun(monkeypatch
         assert not facts["cuda"]
 
 
-def test_the_fork_server_has_one_thread_and_its_objects_are_not_visited_by_collections():
-    """A second thread could hold a lock at the moment of a fork. A visit copies the page of an object."""
+def test_the_fork_server_has_one_thread_and_garbage_collection_skips_its_objects():
+    """A second thread could hold a lock during a fork. The garbage collector copies the page of an object it visits."""
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("needs /proc")
     [(threads, unvisited)] = run_ranks(_fork_server, 1)
@@ -136,7 +136,7 @@ def test_workers_and_their_ranks_are_forked_by_one_process():
     assert run_ranks(_parent, 2) == [os.getppid()] * 2
 
 
-def test_the_owner_of_a_server_answers_after_a_process_that_asked_was_killed():
+def test_the_owner_of_a_server_answers_after_a_requesting_process_was_killed():
     with connection.Listener(family="AF_UNIX") as listener:
         servers = {"some": SimpleNamespace(address=lambda: "place")}
         threading.Thread(target=fork_servers.answer, args=(listener, servers), daemon=True).start()
@@ -146,7 +146,7 @@ def test_the_owner_of_a_server_answers_after_a_process_that_asked_was_killed():
             assert asking.recv() == "place"
 
 
-def test_what_a_rank_prints_is_captured_with_the_test(capfd):
+def test_output_of_a_rank_is_captured_with_the_test(capfd):
     run_ranks(_print, 1)
     assert capfd.readouterr().out == "printed by a rank\n"
 
@@ -195,7 +195,7 @@ def test_a_time_out_names_the_ranks_shows_their_stack_and_leaves_no_process(tmp_
 
 @pytest.mark.slow
 def test_no_rank_outlives_a_killed_test_process(tmp_path):
-    """After SIGKILL of the caller no `finally` runs: the ranks must end by themselves."""
+    """After SIGKILL of the caller no `finally` block runs, so the ranks must end by themselves."""
     script = (
         "from tests.harness import run_ranks\n"
         "from tests.test_harness import _note_pid_and_sleep\n"

@@ -1,4 +1,4 @@
-"""The selection of quick tests, and the groups that a worker runs together."""
+"""Selection of quick tests, and groups of tests for one worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.scheduling import group, has_no_quick_tests, imports_long, longest_fi
     ("module", "long"),
     [
         ("tests.test_harness", True),  # imports subprocess and run_ranks
-        ("tests.te.test_kernels", False),  # the emulated kernels: torch alone
+        ("tests.te.test_kernels", False),  # the emulated kernels need only torch
         ("tests.training.test_layouts", True),
         ("tests.model.test_strategy", True),  # a module that it imports, and one that this one imports, need NeMo
         ("tests.cli.test_damage", False),

@@ -46,7 +46,7 @@ NOT_BY_KIND = {
     "both forms of config.json": ("qwen3", "llama3", "olmo3", "smollm3", "mistral"),
     "gradients of OLMo-3": ("olmo3",),
 }
-"""Architectures of tests that have no parameter for them."""
+"""Architectures of tests without a parameter for the architecture."""
 BY_PROPERTY = {
     "bf16: losses, gradients, weights": ["te/test_bf16.py::test_training_in_bf16_is_close_to_fp32"],
     "optimizer, bf16 weights": ["megatron/test_optimizer.py::test_bf16_weights_follow_main_weights_in_fp32"],
@@ -91,7 +91,7 @@ def _layers(test: str, parameters: dict[str, Any]) -> str:
 
 
 def collected() -> dict[str, list[dict[str, Any]]]:
-    """The cases that pytest collects in this process; see `Collected`."""
+    """The test cases that pytest collects in this process; see `Collected`."""
     tests = [TRAINING, ROLLOUTS, ROLLOUTS_OF_EXPERTS, CHECKPOINTS, *BY_ARCHITECTURE.values()]
     tests += [test for several in BY_PROPERTY.values() for test in several]
     plugin = Collected()
@@ -169,7 +169,7 @@ def _properties(cases: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def rewritten(page: str, cases: dict[str, list[dict[str, Any]]]) -> str:
-    """`page` with tables that are generated from the tests."""
+    """`page` with the tables generated from the tests."""
     tables = {"layout": _layouts(cases), "architecture": _architectures(cases), "property": _properties(cases)}
     for head, table in tables.items():
         page, count = re.subn(rf"\| {head} \|.*\n(\|.*\n)+", lambda _, table=table: table, page)
@@ -177,7 +177,7 @@ def rewritten(page: str, cases: dict[str, list[dict[str, Any]]]) -> str:
     return page
 
 
-def test_the_tables_are_those_of_the_tests() -> None:
+def test_the_tables_match_the_tests() -> None:
     page = PAGE.read_text()
     assert rewritten(page, collected()) == page, "run python -m tests.test_support"
     assert "not tested | not tested" not in page

@@ -1,4 +1,4 @@
-"""The number of torch's threads in tests."""
+"""Number of torch threads in tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sets one thread: most tensors are too small for more, and spinning threads slow a shared machine down."""
+    """Sets one thread: most tensors are too small for several, and spinning threads slow down a shared machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -12,7 +12,7 @@ from nemo_popsd.checkpoint.model_families import FAMILIES
 from nemo_popsd.compat.transformers import unscale_windowed_layers
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": 203,  # not a multiple of any layout: every vocabulary is padded
+    "vocab_size": 203,  # not divisible in any layout, so the vocabulary is always padded
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -39,7 +39,7 @@ _YARN = {
     "beta_slow": 1.0,
 }
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3", {"head_dim": 12}),  # unlike hidden_size / heads
+    "qwen3": ("Qwen3", {"head_dim": 12}),  # differs from hidden_size / heads
     "qwen3_tied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -64,14 +64,14 @@ KINDS = tuple(kind for kind in _KINDS if kind not in ("qwen3_moe", "mistral"))
 
 
 def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0, **overrides: Any) -> Path:
-    """Writes a random model of `kind` in fp32, with a few files beside it that an export has to carry over.
+    """Writes a random model of `kind` in fp32, with additional files that an export must copy.
 
-    Every parameter is random, norms and biases too, with a spread that makes an exchanged one visible in the logits.
+    All parameters are random, including norms and biases, with a spread such that an exchanged one changes the logits.
 
     Args:
-        directory: to create.
+        directory: directory to create.
         kind: one of `KINDS`, `qwen3_moe` or `mistral`.
-        seed: of the weights.
+        seed: seed of the weights.
         overrides: fields of the transformers configuration.
     """
     import transformers
@@ -92,7 +92,7 @@ def save_tiny_model(directory: str | Path, kind: str = "qwen3", *, seed: int = 0
 
 
 def assert_same_configuration(exported: Path, source: Path) -> None:
-    """The same bytes; where transformers 5 wrote `source`, an export has the keys of transformers 4 besides."""
+    """Asserts equal bytes; if transformers 5 wrote `source`, an export additionally has the keys of transformers 4."""
     before, after = (file / "config.json" for file in (source, exported))
     content = json.loads(before.read_text())
     if "rope_parameters" not in content:
@@ -121,10 +121,10 @@ def build_student(
     megatron: Any = None,
     **config: Any,
 ) -> Any:
-    """Process groups, and a `Student` in fp32 with the weights of `directory`; full fine-tuning unless `config` says.
+    """Creates process groups and a `Student` in fp32 with the weights of `directory`, by default with full fine-tuning.
 
-    Call it on every rank. `parallel` are further fields of `ParallelConfig`, `config` of `StudentConfig`; `megatron`
-    is a `MegatronConfig`. Sequences are split where `parallel` says so.
+    Call it on every rank. `parallel` contains further fields of `ParallelConfig`, `config` those of `StudentConfig`;
+    `megatron` is a `MegatronConfig`. Sequences are split as `parallel` requires.
     """
     from nemo_popsd.checkpoint.huggingface import HuggingFaceModel
     from nemo_popsd.megatron.config import StudentConfig

@@ -17,20 +17,21 @@ from nemo_popsd.settings.checks import one_of
 class ViewsConfig:
     """`popsd diagnose --views`: the answers from which views of the reference are scored before training.
 
-    Answers are sampled as `evaluation` sets; tokens are measured up to `rollout.max_response_tokens`, as in training.
+    Answers are sampled with the settings of `evaluation`; tokens are measured up to `rollout.max_response_tokens`, as
+    in training.
     """
 
     source: str = "train"
-    """Rows that are answered, which need the text of every view and an answer: `train`, whose references training
-    would show, or `validation`. What is chosen on held-out problems makes a later result on them optimistic."""
+    """Rows to answer: `train`, with the references of training, or `validation`. They need the text of every view and
+    an answer. If you choose a view on held-out problems, later results on these problems are biased upwards."""
     problems: Annotated[int, Bounds(2, 10**6)] = 64
-    """How many rows, from the start of the source."""
+    """Number of rows, from the start of the source."""
     samples: Annotated[int, Bounds(2, 10**4)] = 8
-    """The student's answers to each problem; right and wrong answers to the same problem are compared."""
+    """Number of answers of the student per problem; right and wrong answers to the same problem are compared."""
     teacher_samples: Annotated[int, Bounds(1, 10**4)] = 2
-    """The teacher's answers to each problem under each view."""
+    """Number of answers of the teacher per problem and view."""
     uncertain_entropy: Annotated[float, Bounds(0, 100)] = 0.5
-    """Entropy of the student, in nats, from which on a token counts as uncertain."""
+    """Minimum entropy of the student, in nats, at which a token counts as uncertain."""
 
     def __post_init__(self) -> None:
         one_of("diagnosis.views.source", self.source, ("train", "validation"))
@@ -39,32 +40,32 @@ class ViewsConfig:
 
 @dataclass(kw_only=True)
 class DiagnosisConfig:
-    """Which rollouts the teacher's signal is decomposed on, and how much of it is recorded.
+    """The rollouts on which the teacher's signal is decomposed, and the recorded results.
 
-    Rows come from `data.train` (a reference solution is needed), rollouts are generated as `rollout` sets.
+    Rows are from `data.train` and need a reference solution; rollouts are generated with the settings of `rollout`.
     """
 
     rows: Annotated[int, Bounds(1, 10**6)] = 16
-    """How many rows, from the start of `data.train`; one rollout each."""
+    """Number of rows, from the start of `data.train`, with one rollout each."""
     shown_rows: list[str] = field(default_factory=list)
-    """Ids of rows whose rollouts are shown token by token. They are diagnosed in addition to the first `rows`, wherever
-    they are in the file. Empty shows the first `shown`."""
+    """Ids of rows whose rollouts are shown token by token. They may be anywhere in the file and are diagnosed in
+    addition to the first `rows`. Empty shows the first `shown` rows."""
     shown: Annotated[int, Bounds(0, 10**4)] = 4
-    """Rollouts shown token by token where `shown_rows` names none."""
+    """Number of rollouts shown token by token if `shown_rows` is empty."""
     alternatives: Annotated[int, Bounds(1, 10**4)] = 8
-    """Most likely tokens of student, base, both teachers and target that are kept for each token shown."""
+    """Number of most likely tokens of student, base, both teachers and target to record for each shown token."""
     listed_tokens: Annotated[int, Bounds(1, 10**4)] = 20
-    """Tokens listed as most promoted, and as most suppressed, by each component."""
+    """Number of tokens to list as most promoted, and as most suppressed, by each component."""
     position_bins: Annotated[int, Bounds(1, 10**4)] = 16
-    """Number of equal intervals of the response over which figures are averaged."""
+    """Number of equal intervals of the response over which statistics are averaged."""
     entropy_edges: Annotated[list[float], Bounds(0, 100, above=True)] = field(
         default_factory=lambda: [0.01, 0.1, 0.5, 1.0, 2.0]
     )
-    """Borders, in nats of the student's entropy, between the bins over which figures are averaged."""
+    """Edges, in nats of the student's entropy, between the bins over which statistics are averaged."""
     chunk_tokens: Annotated[int, Bounds(1, 10**7)] = 128
-    """Response tokens whose logits exist at one time, on each tensor-parallel rank."""
+    """Number of response tokens whose logits exist at the same time, on each tensor-parallel rank."""
     in_training: bool = True
-    """Diagnose at the start and at the end of every training run: twice `rows` rollouts and their forwards."""
+    """Diagnose before and after every training run; each costs `rows` rollouts and their forwards."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
     """Scores of views before training."""
 
@@ -82,14 +83,14 @@ class DiagnosisConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisSettings:
-    """Everything that a diagnosis reads of a run's configuration."""
+    """The part of a run's configuration that a diagnosis reads."""
 
     diagnosis: DiagnosisConfig
     """The `diagnosis` section."""
     target: TargetConfig
     """`distillation.target`."""
     rollout: RolloutConfig
-    """How responses are sampled; recorded beside the results."""
+    """Sampling of responses; recorded with the results."""
     seed: int
     """Seed of the run."""
     markers: Sequence[str]

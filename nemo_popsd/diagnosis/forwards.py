@@ -1,4 +1,4 @@
-"""Forward passes of a diagnosis: rollouts in batches, the same number on every rank, and their hidden states."""
+"""Forward passes of a diagnosis: rollouts in batches, equal in number on all ranks, and their hidden states."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def generate_rollouts(
     settings: DiagnosisSettings,
     stop: StopSignals | None,
 ) -> list[RowRollout]:
-    """One rollout for each of this data-parallel rank's rows.
+    """Generates one rollout for each of this data-parallel rank's rows.
 
-    Ranks that share experts generate equally many rollouts: a rank with fewer rows generates one more, of the first
-    row, and discards it.
+    Ranks that share experts generate equal numbers of rollouts: a rank with fewer rows also generates one for the first
+    row and discards it.
 
     Args:
-        student: whose groups share the rows.
-        engine: generates.
-        sampling: its parameters.
-        rows: of all ranks.
-        settings: the run's seed, and whether ranks share experts.
+        student: determines the groups over which rows are distributed.
+        engine: generates the rollouts.
+        sampling: sampling parameters.
+        rows: rows of all ranks.
+        settings: the seed of the run, and whether ranks share experts.
         stop: checked after the rollouts, which a signal ends early.
 
     Raises:
-        StopRequested: on every rank.
+        StopRequested: a signal requested a stop. Raised on every rank.
     """
     dp_rank, dp_size = student.dp_group.rank(), student.dp_group.size()
     own_indices = list(range(len(rows)))[dp_rank::dp_size]
@@ -82,7 +82,7 @@ def generate_rollouts(
 
 
 def token_batches(rollouts: Sequence[RowRollout], token_budget: int) -> Iterator[list[RowRollout]]:
-    """`rollouts` in order, in batches of at most `token_budget` response tokens; a longer one is a batch of its own."""
+    """`rollouts` in order, in batches of at most `token_budget` response tokens; a longer one forms its own batch."""
     batch: list[RowRollout] = []
     tokens = 0
     for rollout in rollouts:
@@ -97,9 +97,9 @@ def token_batches(rollouts: Sequence[RowRollout], token_budget: int) -> Iterator
 
 
 def equal_counts(student: Student, batches: Iterable[list[RowRollout]]) -> list[list[RowRollout]]:
-    """`batches`, with empty ones added until every data-parallel rank has equally many (one all-reduce of one number).
+    """`batches`, padded with empty batches to the same number on every data-parallel rank.
 
-    Their forwards are collective where ranks share experts.
+    If ranks share experts, the forwards of the batches are collective. One all-reduce of one number.
     """
     own = list(batches)
     most = torch.tensor(len(own), device=device())

@@ -1,8 +1,8 @@
-"""What FP8 in the frozen passes does to the target, beside the effect that is distilled.
+"""Compares the error that FP8 in the frozen passes causes in the target with the distilled effect.
 
-Distances of distributions are total variations, averaged over response tokens. The *error* is the distance of the
-target from the one in the model's precision, the *effect* that of the latter from the base. A target whose error is
-larger than the effect distils noise.
+Distances between distributions are total variations, averaged over response tokens. The *error* is the distance between
+the target with FP8 and the target in the model's precision. The *effect* is the distance between the latter and the
+base. If the error is larger than the effect, the student distils noise.
 
 Shapes: N response tokens, C tokens of a chunk, H hidden size, v true vocabulary entries of this rank's shard.
 """
@@ -37,30 +37,30 @@ Distributions = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TargetError:
-    """The errors of one way to compute the frozen passes, averaged over tokens."""
+    """The errors of one FP8 recipe of the frozen passes, averaged over tokens."""
 
     recipe: str
     """Name of the recipe."""
     tokens: int
-    """Response tokens."""
+    """Number of response tokens."""
     base_error: float
-    """Distance of the base from the one in the model's precision."""
+    """Distance between the base with FP8 and the base in the model's precision."""
     error: float
-    """Distance of the target from the one in the model's precision."""
+    """Distance between the target with FP8 and the target in the model's precision."""
     effect: float
-    """Distance of target and base, in the model's precision."""
+    """Distance between target and base in the model's precision."""
     larger: float
-    """Share of the tokens whose error is larger than their effect."""
+    """Share of tokens whose error is larger than their effect."""
 
     @classmethod
     def of(cls, recipe: str, sums: Sequence[float]) -> TargetError:
-        """Computes the error from the sums that `error_sums` returns."""
+        """Computes the errors from the sums that `error_sums` returns."""
         tokens = max(1, int(sums[-1]))
         return cls(recipe, int(sums[-1]), *(value / tokens for value in sums[:-1]))
 
     @property
     def ratio(self) -> float:
-        """Error over effect."""
+        """Ratio of error to effect."""
         return self.error / self.effect if self.effect else math.inf
 
     def sentence(self) -> str:
@@ -72,9 +72,9 @@ class TargetError:
 
 
 def error_sums(measured: Distributions, exact: Distributions, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sums over N tokens of base error, error, effect and whether the error is larger, and N: [5] float64.
+    """Sums over N tokens, float64 [5]: base error, error, effect, number of tokens with a larger error, and N.
 
-    One all-reduce of [3, N] over `group`, which shards the vocabulary.
+    One all-reduce of [3, N] over `group`, over which the vocabulary is sharded.
     """
     pairs = (measured[0], exact[0]), (measured[1], exact[1]), (exact[1], exact[0])
     distances = torch.stack([(a.exp() - b.exp()).abs().sum(-1, dtype=torch.float64) / 2 for a, b in pairs])
@@ -89,17 +89,17 @@ def target_errors(
 ) -> list[TargetError]:
     """The errors of each of `recipes`, emulated, on the tokens of all ranks' rollouts. Collective over the world.
 
-    The base takes the student's place in targets that follow the student. One all-reduce of [recipes, 5] over the world
-    besides those of the forwards and of the distributions.
+    The base replaces the student in targets that depend on the student. One all-reduce of [recipes, 5] over the world
+    in addition to the collectives of the forwards and of the distributions.
 
     Args:
-        student: on local layers.
-        rollouts: of this data-parallel rank.
-        settings: what a diagnosis reads of the run's configuration.
+        student: a student with local layers.
+        rollouts: rollouts of this data-parallel rank.
+        settings: settings of the diagnosis.
         recipes: keys of `nemo_popsd.diagnosis.fp8_rounding.ROUNDINGS`.
 
     Returns:
-        One for each recipe, the same on every rank.
+        The errors of each recipe, the same on every rank.
     """
     target, weight = build_target(settings.target), student.base_weight if student.holds_output else None
     sums = torch.zeros(len(recipes), 5, dtype=torch.float64)
@@ -123,7 +123,7 @@ def target_errors(
 
 
 def layer_linears(chunks: Sequence[ModelChunk]) -> list[nn.Module]:
-    """The linears of all layers of a model on local layers, without adapters."""
+    """The linear modules of all layers of a model with local layers, without adapters."""
     named = [pair for chunk in chunks for pair in chunk.decoder.layers.named_modules()]
     return [
         module
@@ -135,8 +135,9 @@ def layer_linears(chunks: Sequence[ModelChunk]) -> list[nn.Module]:
 def _states(
     student: Student, trajectories: Sequence[Trajectory], settings: DiagnosisSettings, recipe: str | None = None
 ) -> list[Tensor]:
-    """Base, privileged teacher and reference-only teacher, [N, H] each, of the tokens that this rank owns; an empty
-    list except on the last pipeline stage.
+    """States of base, privileged teacher and reference-only teacher, [N, H] each, at the tokens that this rank owns.
+
+    An empty list except on the last pipeline stage.
     """
     contexts = [[getattr(t, name) for t in trajectories] for name in ("student", "privileged", "reference")]
     with student.base.model() as base, emulated(layer_linears(base), recipe) if recipe else nullcontext():
@@ -146,7 +147,7 @@ def _states(
 
 
 def _distributions(states: Sequence[Tensor], weight: Tensor, student: Student, target: Target) -> Distributions:
-    """At C tokens, [C, v] each in fp32."""
+    """Log-probabilities of base and target at C tokens, [C, v] each in fp32."""
     shard = student.vocab_shard
     matrix = weight[: shard.true_width]
     logs = [log_softmax(logits_of(h, matrix, torch.float32, target.temperature), shard.group) for h in states]

@@ -1,7 +1,7 @@
-"""FP8 emulated on any device: inputs and weights of linears rounded to e4m3, as the recipes of `fp8.recipe` scale them.
+"""Emulates FP8 on any device: rounds inputs and weights of linear modules to e4m3, scaled as `fp8.recipe` requires.
 
-The rounded values are held in the model's precision, in which the product is computed: bf16 adds an error of at most
-2^-9 of each value where a scale is no power of two, beside 2^-4 of e4m3. Tensor-parallel ranks scale their own shards.
+Rounded values are stored, and products computed, in the model's precision. bf16 adds a relative error of at most 2^-9
+if a scale is not a power of two, compared with 2^-4 of e4m3. Tensor-parallel ranks scale their own shards.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-"""448."""
+"""Largest e4m3 value, 448."""
 _CALLS = 16
-"""Calls whose largest values scale the next one under delayed scaling."""
+"""Number of previous calls whose largest values determine the scale with delayed scaling."""
 
 Rounding: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def rounded(x: Tensor, largest: Tensor) -> Tensor:
-    """`x` rounded to e4m3 with the scale at which `largest`, which broadcasts to its shape, is 448; fp32."""
+    """`x` rounded to e4m3, in fp32. The scale maps `largest`, which broadcasts to the shape of `x`, to 448."""
     scale = LARGEST / torch.where(largest > 0, largest, LARGEST).float()
     return (x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / scale
 
 
 def per_tensor(x: Tensor) -> Tensor:
-    """Scaled by the largest value of the tensor itself; fp32."""
+    """`x` rounded with a scale from the largest value of the tensor; fp32."""
     return rounded(x, x.abs().max())
 
 
 def per_block(x: Tensor, rows: int, columns: int = 128) -> Tensor:
-    """Scaled by blocks of `rows` x `columns` of [..., r, k], by powers of two; fp32."""
+    """`x` [..., r, k] rounded with a power-of-two scale per block of `rows` x `columns`; fp32."""
     flat = x.reshape(-1, x.shape[-1])
     height, width = flat.shape
     padded = pad(flat.float(), (0, -width % columns, 0, -height % rows))
@@ -48,12 +48,12 @@ def per_block(x: Tensor, rows: int, columns: int = 128) -> Tensor:
 
 @dataclass
 class Delayed:
-    """Scaled by the largest value of the calls before."""
+    """Rounds with a scale from the largest value of previous calls."""
 
     history: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` rounded, in fp32; larger values than any before saturate."""
+        """`x` rounded, in fp32; values larger than all previous ones saturate."""
         largest = x.abs().max()
         scale = torch.stack(self.history).max() if self.history else largest
         self.history = [*self.history, largest][-_CALLS:]
@@ -68,15 +68,15 @@ ROUNDINGS: Mapping[str, Callable[[], tuple[Rounding, Rounding]]] = MappingProxyT
         "mxfp8": lambda: (lambda x: per_block(x, 1, 32), lambda weight: per_block(weight, 1, 32)),
     }
 )
-"""By `fp8.recipe`: makes the rounding of a linear's inputs and that of its weight."""
+"""Factories by `fp8.recipe`, which return the rounding of a linear module's inputs and that of its weight."""
 
 
 @contextmanager
 def emulated(linears: Iterable[nn.Module], recipe: str) -> Iterator[None]:
-    """Context in which inputs and weights of `linears` are rounded, for forward passes without gradient.
+    """A context in which inputs and weights of `linears` are rounded, for forward passes without gradient.
 
     Args:
-        linears: modules with a `weight` [out, in], called with their input first.
+        linears: modules with a `weight` [out, in] whose first argument is the input.
         recipe: a key of `ROUNDINGS`.
     """
     with ExitStack() as restore:

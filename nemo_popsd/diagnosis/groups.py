@@ -1,4 +1,4 @@
-"""Means and quartiles of per-token figures: over all tokens, by position, by entropy, for marker tokens and others."""
+"""Means and quartiles of per-token statistics: over all tokens, by position, by entropy, by membership in a marker."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ MEASURES = {
     "delta_total": "Δ_total of the response's token, nats",
     "delta_reference": "Δ_ref of the response's token, nats",
     "delta_question": "Δ_it of the response's token, nats",
-    "delta_target": "log P less log π_θ of the response's token, nats",
+    "delta_target": "log P minus log π_θ of the response's token, nats",
     **{statistic.name: f"{statistic.symbol}, {statistic.unit}" for statistic in TOKEN_STATISTICS},
 }
-"""Per-token figures by name, with their meaning: the declared statistics, and Δ of the token itself."""
+"""Meaning of the per-token statistics by name: the declared statistics, and Δ of the token itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFigures:
-    """One response token, as grouping needs it."""
+    """The properties of one response token that grouping needs."""
 
     position: int
-    """Index of the token in its response, from 0."""
+    """Position in the response, from 0."""
     marked: bool
     """Whether it belongs to a marker."""
     values: Mapping[str, float]
-    """Value by name in `MEASURES`; NaN if not defined."""
+    """Statistics by the names of `MEASURES`; NaN if undefined."""
 
 
 def group_figures(tokens: Sequence[TokenFigures], *, position_bins: int, entropy_edges: Sequence[float]) -> Groups:
-    """Figures of all groups, ready for JSON.
+    """Statistics of all groups, as JSON values.
 
     Position bins have equal lengths up to the longest response; an entropy bin has lower edge ≤ H < upper edge.
 
     Returns:
         "all", "markers" and "others" with one group each; "position" and "entropy" with lists of groups, which
         also have "from" and "to" ("to" is null for the last entropy bin). A group has "tokens" and, for each measure,
-        "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null where there are none.
+        "mean", "q25", "median" and "q75" over the tokens on which it is defined, or null if there are none.
     """
     longest = max((token.position for token in tokens), default=0) + 1
     step = math.ceil(longest / position_bins)

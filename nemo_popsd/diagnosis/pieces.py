@@ -15,10 +15,10 @@ _BATCH = 4096
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to the response, special tokens included; joined, they are its text.
+    """The text that each token adds to the response, including special tokens; the concatenation is the response.
 
-    A character whose bytes span several tokens belongs to the last of them; the others add nothing. Decodes a few
-    tokens at a time, so that spaces which a tokenizer drops at the start of a text are kept.
+    A character whose bytes span several tokens belongs to the last one; the others have an empty text. Decodes a few
+    tokens at a time, so that spaces that the tokenizer drops at the start of a text are kept.
     """
     pieces: list[str] = []
     start = read = 0
@@ -49,9 +49,9 @@ def marked_tokens(pieces: Sequence[str], markers: Sequence[str]) -> list[bool]:
 def marker_entries(
     tokenizer: PreTrainedTokenizerBase, markers: Sequence[str], vocab_size: int
 ) -> Mapping[str, list[int]]:
-    """The vocabulary entries that are exactly one marker, apart from white space around it, by marker.
+    """By marker, the vocabulary entries that equal the marker, ignoring surrounding white space.
 
-    A marker of several tokens has none, because its first token ("Let") mostly begins other text.
+    A marker with several tokens has no entries, because its first token ("Let") mostly starts other text.
     """
     entries: dict[str, list[int]] = {marker: [] for marker in markers}
     size = min(vocab_size, len(tokenizer))

@@ -1,12 +1,12 @@
-r"""Which vocabulary entries each component of the signal raises and lowers, summed over tokens (*ours*).
+r"""The vocabulary entries that each component of the signal promotes and suppresses, summed over tokens (*ours*).
 
-A step along a component Δ_c changes the student's probabilities, to first order, by
+To first order, a step along a component Δ_c changes the student's probabilities by
 
     push_c(v) = Σ_t π_θ(v|t) · (Δ_c(v, t) − E_{π_θ(·|t)} Δ_c(·, t))
 
 for c = total (log π_T − log π_θ), reference (log π_ref − log π_θ), question (log π_T − log π_ref) and target
 (log P − log π_θ). Each sums to 0 over the vocabulary, and push_total = push_reference + push_question.
-Entries to which the student gives no probability have push 0, however large their Δ.
+Entries with probability 0 under the student have push 0 for any Δ.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ class PushedTokens:
     """The push of every component on n vocabulary entries, replicated."""
 
     ids: Tensor
-    """[n] int64."""
+    """Vocabulary ids [n], int64."""
     push: Tensor
-    """[4, n] float64, by `COMPONENTS`: expected occurrences gained (or lost) in all tokens, to first order."""
+    """First-order change of expected occurrences in all tokens [4, n], float64, in the order of `COMPONENTS`."""
     mass: Tensor
-    """[n] float64: expected occurrences under the student, Σ_t π_θ(v|t)."""
+    """Expected occurrences under the student [n], float64: Σ_t π_θ(v|t)."""
 
 
 class VocabularyPush:
     """Running sums over tokens for this rank's vocabulary entries.
 
     Attributes:
-        push: [4, v] float64, by `COMPONENTS`.
-        mass: [v] float64.
-        tokens: tokens seen so far.
+        push: sums of push [4, v], float64, in the order of `COMPONENTS`.
+        mass: sums of mass [v], float64.
+        tokens: number of tokens added so far.
     """
 
     def __init__(self, shard: VocabShard, device: torch.device) -> None:
-        """All 0, for the true entries of `shard`, on `device`."""
+        """Initializes all sums to 0, for the true entries of `shard`, on `device`."""
         self._shard = shard
         self.push = torch.zeros(len(COMPONENTS), shard.true_width, dtype=torch.float64, device=device)
         self.mass = torch.zeros(shard.true_width, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def reduce_over_(self, dp_group: dist.ProcessGroup | None) -> None:
-        """Replaces the sums by those over all data-parallel ranks: one all-reduce of [5·v + 1] in float64."""
+        """Replaces the sums by those over all data-parallel ranks. One all-reduce of [5·v + 1] in float64."""
         packed = torch.cat([self.push.flatten(), self.mass, self.mass.new_tensor([self.tokens])])
         reduce_sum_(packed, dp_group)
         self.push.copy_(packed[: self.push.numel()].view_as(self.push))
@@ -65,7 +65,7 @@ class VocabularyPush:
         """The `count` most promoted and most suppressed entries of each component, strongest first.
 
         Collectives over the vocabulary group: one all-gather of [2, 4, count] pairs and one all-reduce of [5, 8·count].
-        `count` is at most the vocabulary.
+        `count` is at most the vocabulary size.
         """
         signed_push = (self.push, -self.push)
         ids = largest_of_shards(signed_push, count, self._shard).ids
@@ -77,7 +77,10 @@ class VocabularyPush:
         return parts[: len(COMPONENTS)], parts[len(COMPONENTS) :]
 
     def look_up(self, ids: Tensor) -> PushedTokens:
-        """The sums of vocabulary entries `ids` [n], on every rank of the vocabulary group. One all-reduce of [5, n]."""
+        """The sums of the vocabulary entries `ids` [n], on every rank of the vocabulary group.
+
+        One all-reduce of [5, n].
+        """
         local = ids - self._shard.offset
         is_local = ((local >= 0) & (local < self._shard.true_width)).nonzero().squeeze(1)
         sums = self.mass.new_zeros(len(COMPONENTS) + 1, len(ids))

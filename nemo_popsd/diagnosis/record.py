@@ -2,23 +2,24 @@
 
 summary.json
     format          1
-    name, step      what was diagnosed, and the optimizer steps behind it
+    name, step      name of the diagnosed model, and its number of optimizer steps
     settings        rows, rollout sampling, target, temperature, markers
     rollouts, tokens
-    measures        the meaning of each per-token figure
+    measures        the meaning of each per-token statistic
     groups          see `nemo_popsd.diagnosis.groups`
     rollouts_sha256  SHA-256 of rollouts.jsonl
-    sum             checksum of everything else in this file
+    sum             checksum of the rest of this file
     push            tokens: as above; "components": for each of total, reference, question, target the lists "promoted"
-                    and "suppressed" of entries {id, text, mass, push: {component: ...}}; "markers": for each marker
-                    of one token the same sums over its entries, or null. Sums are per 1,000 response tokens.
+                    and "suppressed" of entries {id, text, mass, push: {component: ...}}; "markers": the same sums
+                    over the entries of each marker that is one token, otherwise null. Sums are per 1,000 response
+                    tokens.
 rollouts.jsonl
     row, question, reference
     truncated       whether the response ended at the length limit (older files name the key `cut`)
     pieces          the text of each token
-    marked          1 for tokens of a marker, else 0
+    marked          1 for tokens of a marker, otherwise 0
     values          for each measure, and for log_student, log_base, log_privileged, log_reference, log_target of the
-                    response's token, a list by token; null where not defined
+                    response's token, a list with one value per token; null if undefined
     alternatives    null, or "texts" (each token once) and for student, base, privileged, reference and target a list
                     by token of [index into texts, probability, index, probability, ...]
 """
@@ -52,10 +53,12 @@ class Diagnosis:
     rollouts: list[RolloutRecord]
 
     def write(self, directory: Path) -> None:
-        """Writes both files into `directory`, which is created; the summary last: where it exists, both are complete.
+        """Writes both files into `directory`, which is created if needed.
+
+        The summary is written last; if it exists, both files are complete.
 
         Raises:
-            UserError: files of these names exist that no diagnosis wrote.
+            UserError: files of these names exist that were not written by a diagnosis.
         """
         refuse_other_files(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ class Diagnosis:
 
 
 def rounded(value: float) -> float | None:
-    """`value` to five significant digits; None for NaN and infinities, which JSON does not have."""
+    """`value` rounded to five significant digits; None for NaN and infinities, which JSON does not support."""
     if not math.isfinite(value):
         return None
     return float(f"{value:.{_DIGITS}g}")
@@ -86,7 +89,7 @@ def pushed_entry(tokens: PushedTokens, index: int, text: str, total_tokens: int)
 
 
 def marker_push(tokens: PushedTokens, total_tokens: int) -> MarkerPush | None:
-    """Sums over the entries of one marker, per 1,000 tokens; None where no entry is the marker."""
+    """Sums over the entries of one marker, per 1,000 tokens; None if the marker has no entry."""
     if not len(tokens.ids):
         return None
     scale = 1000 / max(total_tokens, 1)
@@ -98,11 +101,11 @@ def marker_push(tokens: PushedTokens, total_tokens: int) -> MarkerPush | None:
 
 
 def alternatives_record(alternatives: Alternatives, texts: Mapping[int, str]) -> dict[str, object]:
-    """Alternatives of one rollout, texts stored once.
+    """Alternatives of one rollout, with each text stored once.
 
     Args:
-        alternatives: on the CPU.
-        texts: of every id in them.
+        alternatives: alternatives, on the CPU.
+        texts: text of every id in `alternatives`.
     """
     order = {token: index for index, token in enumerate(texts)}
     record: dict[str, object] = {"texts": list(texts.values())}

@@ -1,4 +1,4 @@
-"""A diagnosis from a student, an engine and rows: rollouts, four forwards, decomposition, aggregates."""
+"""Runs a diagnosis: rollouts, four forwards, decomposition, aggregates."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class DiagnosedRow:
 
     row: PromptRow
     shown: bool
-    """Whether its rollout is kept with alternatives for each token."""
+    """Whether its rollout is recorded with alternatives for each token."""
 
 
 def choose_rows(dataset: PromptDataset, settings: DiagnosisConfig) -> list[DiagnosedRow]:
-    """The rows to diagnose: first those that are shown, then the others of the first `rows`. The same on every rank.
+    """The rows to diagnose: shown rows first, then the others of the first `rows`. The same on every rank.
 
     Raises:
         UserError: a row of `shown_rows` is missing.
@@ -65,7 +65,7 @@ def choose_rows(dataset: PromptDataset, settings: DiagnosisConfig) -> list[Diagn
     if None in shown_indices:
         raise UserError(
             "diagnosis",
-            got=f"diagnosis.shown_rows={settings.shown_rows!r}, of which "
+            got=f"diagnosis.shown_rows={settings.shown_rows!r}, but "
             f"{settings.shown_rows[shown_indices.index(None)]!r} is not among the {len(dataset)} rows",
             need="ids of rows of data.train that are within its limits",
             fix="set diagnosis.shown_rows",
@@ -90,27 +90,27 @@ def diagnose(
 ) -> Diagnosis:
     """Generates one rollout for each row and decomposes the teacher's signal on all its tokens. Collective.
 
-    Random numbers depend on the run's seed and the row, not on the step: diagnoses before and after training differ
-    by the weights alone. Rows are distributed over data-parallel ranks, and each rank of the last pipeline stage
-    decomposes the tokens that it owns; hidden states of `training.frozen_tokens` response tokens exist at one time, and
-    logits of `diagnosis.chunk_tokens`. One gather of objects over all ranks.
+    Random numbers depend on the seed of the run and on the row, not on the step: diagnoses before and after training
+    differ only by the weights. Rows are distributed over data-parallel ranks, and each rank of the last pipeline stage
+    decomposes the tokens that it owns. At any time, hidden states of at most `training.frozen_tokens` response tokens
+    and logits of `diagnosis.chunk_tokens` exist. One gather of objects over all ranks.
 
     Args:
         student: live and frozen weights.
-        engine: generates with the live ones.
-        sampling: its parameters.
-        tokenizer: the student's.
-        rows: from `choose_rows`, the same on every rank.
-        settings: what a diagnosis reads of the run's configuration.
-        name: of the diagnosed model, for the record.
-        step: optimizer steps behind the live weights.
+        engine: generates with the live weights.
+        sampling: sampling parameters.
+        tokenizer: tokenizer of the student.
+        rows: rows from `choose_rows`, the same on every rank.
+        settings: settings of the diagnosis.
+        name: name of the diagnosed model, for the record.
+        step: number of optimizer steps of the live weights.
         stop: checked after the rollouts, which a signal ends early.
 
     Returns:
-        The same on every rank.
+        The diagnosis, the same on every rank.
 
     Raises:
-        StopRequested: on every rank.
+        StopRequested: a signal requested a stop. Raised on every rank.
     """
     prompts = [row.row for row in rows]
     rollouts = generate_rollouts(student, engine, sampling, prompts, settings, stop)
@@ -127,7 +127,7 @@ def diagnose(
     if push is not None:
         push.reduce_over_(parallel_state.get_data_parallel_group(with_context_parallel=True))
         push_record = _push_record(push, student, tokenizer, settings)
-    # Ranks that share a vocabulary have the same figures, so one of them reports; earlier pipeline stages have none.
+    # Ranks that share a vocabulary have the same results, so one of them reports; earlier pipeline stages have none.
     reported = parts if student.owns_loss else []
     gathered: list[tuple[list[_RolloutFigures], Push | None]] = [([], None)] * dist.get_world_size()
     dist.all_gather_object(gathered, (reported, push_record))
@@ -152,19 +152,19 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _RolloutFigures:
-    """The figures of one rollout's tokens, on the CPU; ranks exchange these."""
+    """Results of one rollout's tokens, on the CPU, as exchanged between ranks."""
 
     row: int
     """Index of the row."""
     rollout: Rollout
     owned: slice
-    """The tokens of the response that the figures are of."""
+    """The tokens of the response that the results cover."""
     values: dict[str, list[float]]
     alternatives: Alternatives | None
 
 
 def _by_row(parts: Iterable[_RolloutFigures]) -> list[tuple[int, list[_RolloutFigures]]]:
-    """Parts of the same rollout together, in the order of the rows."""
+    """Groups the parts of each rollout, in the order of the rows."""
     row_parts: dict[int, list[_RolloutFigures]] = {}
     for part in parts:
         row_parts.setdefault(part.row, []).append(part)
@@ -172,7 +172,7 @@ def _by_row(parts: Iterable[_RolloutFigures]) -> list[tuple[int, list[_RolloutFi
 
 
 def _merged(parts: Sequence[_RolloutFigures]) -> _RolloutFigures:
-    """The figures of all tokens of a rollout, from those of the tokens that each context-parallel rank owns."""
+    """Merges the results of a rollout from all context-parallel ranks."""
     first, count = parts[0], len(parts[0].rollout.response)
     values: dict[str, list[float]] = {name: [math.nan] * count for name in first.values}
     alternatives = None
@@ -208,7 +208,7 @@ def _decompose(
     *,
     shown: bool,
 ) -> _RolloutFigures:
-    """Decomposes the signal on this rank's tokens of one rollout, and adds it to `push`."""
+    """Decomposes the signal on this rank's tokens of one rollout, and adds the tokens to `push`."""
     rollout = row_rollout.trajectory.rollout
     owned = student.split.owned(rollout.response)
     diagnosis, alternatives = diagnose_tokens(
@@ -272,7 +272,10 @@ def _number(value: float | None) -> float:
 def _push_record(
     push: VocabularyPush, student: Student, tokenizer: PreTrainedTokenizerBase, settings: DiagnosisSettings
 ) -> Push:
-    """The push of summary.json. Collective over the vocabulary group: those of `extremes`, and one for each marker."""
+    """The push of summary.json.
+
+    Collectives over the vocabulary group: those of `extremes`, and one for each marker.
+    """
     count = min(settings.diagnosis.listed_tokens, student.vocab_size)
     promoted, suppressed = push.extremes(count)
     components: dict[str, Extremes] = {}
@@ -296,7 +299,7 @@ def _push_record(
 
 
 def _recorded(settings: DiagnosisSettings, rows: int) -> SettingsRecord:
-    """The settings that summary.json repeats."""
+    """The settings that summary.json records."""
     return {
         "data": settings.data_path,
         "rows": rows,

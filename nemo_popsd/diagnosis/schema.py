@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias, TypedDict
 
 Group: TypeAlias = Mapping[str, Any]
-"""One group of tokens: ``tokens`` (int), a `Spread` or None for each measure, and for a bin ``from`` and ``to``.
+"""One group of tokens: ``tokens`` (int), a `Spread` or None for each measure, and ``from`` and ``to`` for a bin.
 
 The measures are declared in `nemo_popsd.distillation.statistics`, so a `TypedDict` cannot list the keys.
 """
@@ -22,7 +22,7 @@ class Spread(TypedDict):
 
 
 class Groups(TypedDict):
-    """Measures of all tokens, of markers and other tokens, and by bins."""
+    """Measures of all tokens, of marker tokens and other tokens, and by bins."""
 
     all: Group
     markers: Group
@@ -38,7 +38,7 @@ class PushedEntry(TypedDict):
     text: str
     mass: float | None
     push: dict[str, float | None]
-    """Push by component."""
+    """First-order change by component."""
 
 
 class MarkerPush(TypedDict):
@@ -47,11 +47,11 @@ class MarkerPush(TypedDict):
     entries: int
     mass: float | None
     push: dict[str, float | None]
-    """Push by component."""
+    """First-order change by component."""
 
 
 class Extremes(TypedDict):
-    """The vocabulary entries that one component raises and lowers most."""
+    """The vocabulary entries that one component promotes and suppresses most."""
 
     promoted: list[PushedEntry]
     suppressed: list[PushedEntry]
@@ -63,11 +63,11 @@ class Push(TypedDict):
     tokens: int
     components: dict[str, Extremes]
     markers: dict[str, MarkerPush | None]
-    """Push by marker; None if no vocabulary entry is the marker."""
+    """Push by marker; None if no vocabulary entry equals the marker."""
 
 
 class SettingsRecord(TypedDict):
-    """The settings that a summary repeats."""
+    """The settings that a summary records."""
 
     data: str
     rows: int
@@ -102,7 +102,7 @@ class RolloutRecord(TypedDict):
     pieces: list[str]
     """Text of each token."""
     marked: list[int]
-    """1 for each token of a marker, else 0."""
+    """1 for each token of a marker, otherwise 0."""
     values: dict[str, list[float | None]]
     """One value per token by name."""
     alternatives: dict[str, object] | None

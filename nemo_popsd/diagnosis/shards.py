@@ -1,4 +1,4 @@
-"""The k largest entries of a sharded vocabulary, and the entries of given ids."""
+"""The k largest entries over a sharded vocabulary, and the entries of given ids."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from nemo_popsd.parallel.vocabulary import VocabShard
 
 
 class Largest(NamedTuple):
-    """The largest entries per token, in falling order; replicated over the group."""
+    """The largest entries per token, in descending order; replicated over the group."""
 
     values: Tensor
-    """[n, ..., k] in the dtype of the tensors."""
+    """Values [n, ..., k] in the dtype of the tensors."""
     ids: Tensor
-    """[n, ..., k] int64, vocabulary ids."""
+    """Vocabulary ids [n, ..., k], int64."""
 
 
 def largest_of_shards(tensors: Sequence[Tensor], count: int, shard: VocabShard) -> Largest:
     """The `count` largest entries of the last dimension of several tensors over the full vocabulary, exactly.
 
-    Each rank sends its own `count` largest entries; together they contain the largest of the full vocabulary. One
+    Each rank sends its own `count` largest entries, which together contain the largest of the full vocabulary. One
     all-gather of [n, ..., count] pairs in float64, which represents ids exactly; none for one shard. The order of equal
-    entries is not defined.
+    entries is undefined.
 
     Args:
-        tensors: n of [..., v] each, this rank's true entries; v may differ between ranks, and be 0.
-        count: how many entries, at most the vocabulary.
-        shard: which entries they are.
+        tensors: n tensors [..., v] with this rank's true entries; v may differ between ranks and may be 0.
+        count: number of entries, at most the vocabulary size.
+        shard: vocabulary entries of this rank.
     """
     own = min(count, tensors[0].shape[-1])
     best = [x.topk(own, dim=-1) for x in tensors]
@@ -50,14 +50,14 @@ def largest_of_shards(tensors: Sequence[Tensor], count: int, shard: VocabShard) 
 
 
 def at_ids(entries: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
-    """This rank's part of the entry `ids[n]` of each token n: the value where it holds the id, else 0. No collective.
+    """This rank's part of the entry `ids[n]` of each token n: the entry if this rank holds the id, otherwise 0.
 
-    The sum over the group is the entry, provided that it is finite.
+    No collective. The sum over the group is the entry, provided that it is finite.
 
     Args:
-        entries: [N, v], this rank's true entries.
-        ids: [N] vocabulary ids.
-        shard: which entries they are.
+        entries: this rank's true entries [N, v].
+        ids: vocabulary ids [N].
+        shard: vocabulary entries of this rank.
     """
     local = ids - shard.offset
     is_local = (local >= 0) & (local < entries.shape[-1])

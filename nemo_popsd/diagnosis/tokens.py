@@ -1,8 +1,8 @@
-"""The teacher's signal on some tokens: decomposition, divergences, alternatives; chunked, over a sharded vocabulary.
+"""Decomposition, divergences and alternatives of given tokens; chunked, over a sharded vocabulary.
 
-Distributions and statistics are those of `distillation.definition` and `distillation.statistics`.
+Distributions and statistics are defined in `distillation.definition` and `distillation.statistics`.
 
-Shapes: N tokens, C tokens of a chunk, V vocabulary, v this rank's true part of it, H hidden size.
+Shapes: N tokens, C tokens of a chunk, V vocabulary, v true vocabulary entries of this rank, H hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 DISTRIBUTIONS = ("student", "base", "privileged", "reference", "target")
-"""Distributions in the order of `Alternatives` and of `TokenDiagnosis.log_probs`."""
+"""Distributions in the order of `Alternatives` and `TokenDiagnosis.log_probs`."""
 
 
 class BranchStates(NamedTuple):
@@ -42,28 +42,28 @@ class BranchStates(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenDiagnosis:
-    """Figures of N tokens over the full true vocabulary, in fp32 (float64 for float64 weights), replicated."""
+    """Results for N tokens over the full true vocabulary, in fp32 (float64 for float64 weights), replicated."""
 
     signal: StatisticValues
     """`SIGNAL_STATISTICS`."""
     statistics: StatisticValues
     """`TOKEN_STATISTICS`."""
     log_probs: Tensor
-    """[5, N] log-probability of the response's token in each of `DISTRIBUTIONS`, in nats."""
+    """Log-probability of the response's token in each of `DISTRIBUTIONS` [5, N], in nats."""
 
     def columns(self) -> dict[str, Tensor]:
-        """Every figure [N] by name; log-probabilities as log_student, log_base and so on."""
+        """All results by name, [N] each; log-probabilities are named log_student, log_base and so on."""
         declared = [(s.name, values[s.name]) for values in (self.signal, self.statistics) for s in values.declared]
         return dict(declared) | {f"log_{name}": x for name, x in zip(DISTRIBUTIONS, self.log_probs, strict=True)}
 
 
 class Alternatives(NamedTuple):
-    """The most likely tokens of each distribution, by `DISTRIBUTIONS`, in falling order; replicated."""
+    """The most likely tokens of each of `DISTRIBUTIONS`, in descending order; replicated."""
 
     log_probs: Tensor
-    """[5, N, k]."""
+    """Log-probabilities [5, N, k]."""
     ids: Tensor
-    """[5, N, k] int64."""
+    """Vocabulary ids [5, N, k], int64."""
 
 
 @torch.no_grad()
@@ -81,19 +81,19 @@ def diagnose_tokens(
 ) -> tuple[TokenDiagnosis, Alternatives | None]:
     """Decomposes the teacher's signal on N tokens (eq. 4), and measures the target's distance from the student.
 
-    Collectives for each chunk: those of five log-softmaxes, two all-reduces of [C] each; one all-reduce of [C] where
-    the target has a cap; one of all sums of the figures; and, with alternatives, one all-gather of [5, C, k] pairs.
-    Memory: twelve tensors [C, V_pad/tp]; nothing of N·V. No gradient.
+    Collectives per chunk: two all-reduces of [C] for each of five log-softmaxes; one all-reduce of [C] if the target
+    has a cap; one of all sums; and, with alternatives, one all-gather of [5, C, k] pairs. Memory: twelve tensors
+    [C, V_pad/tp], none of size N·V. No gradient.
 
     Args:
-        states: of each context at these tokens.
-        token_ids: [N] int64, the response's tokens.
+        states: hidden states of each context at these tokens.
+        token_ids: tokens of the response [N], int64.
         student_weight: this rank's shard of the live output matrix [V_pad/tp, H].
         frozen_weight: this rank's shard of the frozen output matrix [V_pad/tp, H].
-        target: whose P is measured; its temperature applies to all distributions.
-        shard: which vocabulary entries the matrices hold.
+        target: the target P to measure; its temperature applies to all distributions.
+        shard: vocabulary entries that the matrices hold.
         push: sums to which these tokens are added.
-        alternatives: how many of the most likely tokens of each distribution to return; 0 for none.
+        alternatives: number of most likely tokens of each distribution to return; 0 for none.
         chunk_tokens: tokens of a chunk.
     """
     dtype = statistics_dtype(student_weight)
@@ -102,7 +102,7 @@ def diagnose_tokens(
     largest: list[Largest] = []
 
     def diagnose_chunk(chunk: slice) -> None:
-        """A function, so that the tensors of one chunk are freed before those of the next are allocated."""
+        """A function, so that the tensors of one chunk are freed before the next chunk allocates its own."""
         log_probs = Branches(
             *(
                 log_softmax(logits_of(h[chunk], w[: shard.true_width], dtype, target.temperature), shard.group)
@@ -132,7 +132,7 @@ def diagnose_tokens(
 
 
 def logits_of(h_CH: Tensor, w_vH: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """Logits over the temperature, [C, v], in `dtype`."""
+    """Logits divided by the temperature [C, v], in `dtype`."""
     z_Cv = torch.empty(len(h_CH), len(w_vH), dtype=dtype, device=h_CH.device)
     product_into(z_Cv, h_CH.to(w_vH.dtype), w_vH.t())
     return z_Cv if temperature == 1 else z_Cv.div_(temperature)
@@ -145,7 +145,7 @@ def _distributions(log_probs: Branches, log_q: Tensor) -> list[Tensor]:
 
 
 def _columns(log_probs: Branches, log_q: Tensor, token_ids: Tensor, shard: VocabShard, push: VocabularyPush) -> Tensor:
-    """Norms and products of the signal, token statistics and log-probabilities of one chunk; adds it to `push`."""
+    """Norms and products of the signal, token statistics and log-probabilities of a chunk. Adds it to `push`."""
     student, privileged, reference = log_probs.student, log_probs.privileged, log_probs.reference
     assert privileged is not None
     assert reference is not None

@@ -1,20 +1,20 @@
-"""The distillation loss: targets, divergences and statistics, exact over a sharded vocabulary. Without Megatron.
+"""The distillation loss: targets, divergences and statistics, exact over a sharded vocabulary, independent of Megatron.
 
 config.py           settings of target, divergence and loss (without torch)
 target_families.py  the target distributions, Purified OPSD among them, as coefficients (without torch)
-statistics.py       declarations of what is measured at each token (without torch)
+statistics.py       declarations of the per-token statistics (without torch)
 divergence.py       JSD, forward KL, reverse KL
-gates.py            which tokens have a loss, by the distributions at them (without torch)
-definition.py       target and loss by their definition, from logits; the diagnosis uses it
+gates.py            which tokens have a loss, given the distributions at the token (without torch)
+definition.py       target and loss as defined, from logits; used by the diagnosis
 target.py           the two hidden vectors that determine the target of a token
 hidden.py           the loss from hidden states, in chunks, with closed-form gradients: what training uses
 closed_form.py      the loss of one chunk of tokens: equations, kernels, and the collectives between them
-clipped.py          the same where each vocabulary entry's part of the divergence is clipped
-chunked_loss.py     the pass over all chunks, and what runs while collectives are under way
+clipped.py          the loss of one chunk if the contribution of each vocabulary entry is clipped
+chunked_loss.py     the pass over all chunks, with computation that overlaps collectives
 products.py         hidden states times the output matrix, in full precision, in buffers that all chunks share
-decomposition.py    norms and products of the teacher's signal on a sample of tokens
-chunks.py           how many tokens a chunk has
-fusion.py           the kernels, compiled
+decomposition.py    norms and inner products of the teacher's signal on a sample of tokens
+chunks.py           the number of tokens of a chunk; inputs and results of its loss
+fusion.py           compilation of the kernels
 checks.py           checks of the arguments of the loss
 """
 

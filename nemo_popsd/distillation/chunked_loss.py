@@ -1,4 +1,4 @@
-"""One pass over the chunks of tokens: losses, statistics and gradients, while the logits of a chunk exist.
+"""One pass over the chunks of tokens; computes losses, statistics and gradients while the logits of a chunk exist.
 
 Legend: N tokens, C tokens of a chunk, D diagnosed tokens, H hidden size, V true vocabulary entries of this
 rank, W entries with padding, S token statistics.
@@ -51,9 +51,9 @@ class LossSpec:
     teacher: Tensor
     """This rank's shard of the frozen output matrix, without padding: [V, H]."""
     centre: Tensor | None
-    """w̄ [H], where the target has a shift."""
+    """Mean output vector w̄ [H] if the target has a shift."""
     token_weights: Tensor | None
-    """[N]."""
+    """Weights of the tokens [N]."""
     diagnosed: DiagnosedTokens | None
     response_ids: Tensor | None
     """[N] vocabulary ids of the tokens, for their log-probabilities."""
@@ -61,7 +61,7 @@ class LossSpec:
     chunk_tokens: int
     kernels: Kernels
     weight_scale: float
-    """Factor of the gradient of the matrix."""
+    """Factor that multiplies the gradient of the matrix."""
     hidden_gradient: bool
     """Whether dh is needed."""
     weight_gradient: bool
@@ -83,10 +83,10 @@ class ChunkedLoss:
 
     Attributes:
         per_token_N: divergence of each token.
-        statistics_SN: by `TOKEN_STATISTICS`.
+        statistics_SN: token statistics in the order of `TOKEN_STATISTICS`.
         products_5D: `merge_signal_shards` of the diagnosed tokens.
-        log_probs_N: the student's log-probability of each token of `LossSpec.response_ids`; empty without.
-        open_N: 1 for each token that is open, else 0; None without gates.
+        log_probs_N: the student's log-probability of each token of `LossSpec.response_ids`; empty if that is None.
+        open_N: 1 for each open token, otherwise 0; None without gates.
     """
 
     def __init__(self, spec: LossSpec, h_NH: Tensor, w_VH: Tensor, dh_NH: Tensor | None, dw_WH: Tensor | None) -> None:
@@ -104,7 +104,7 @@ class ChunkedLoss:
         self._pending: deque[Callable[[], None]] = deque()
 
     def __call__(self) -> None:
-        """Computes all chunks. Without tokens: no collective."""
+        """Computes all chunks. No collective if there are no tokens."""
         spec, like = self._spec, self.per_token_N
         chunks = chunk_slices(len(like), spec.chunk_tokens)
         if not chunks:
@@ -169,14 +169,14 @@ class ChunkedLoss:
                 self._finish_pending()
 
     def _weights(self, tokens: slice) -> Tensor:
-        """Factor of each token's gradient with respect to W_s·h: its weight divided by the temperature."""
+        """Factors of the tokens' gradients with respect to W_s·h: token weight divided by temperature."""
         spec, like = self._spec, self.per_token_N
         if spec.token_weights is None:
             return torch.full_like(like[tokens], 1 / spec.target.temperature)
         return (spec.token_weights[tokens] / spec.target.temperature).to(like.dtype)
 
     def _shift_mean(self, products: Products, count: int) -> Tensor | None:
-        """w̄·d [C], with d as it entered the product."""
+        """w̄·d [C], with the rounded d that the product used."""
         if self._spec.vectors.shift is None:
             return None
         assert self._spec.centre is not None
@@ -197,7 +197,7 @@ class ChunkedLoss:
         )
 
     def _signal_stats(self, logits: ChunkProducts, tokens: slice, sampled: slice) -> Tensor:
-        """This shard's statistics of the chunk's diagnosed tokens, a tile at a time."""
+        """This shard's statistics of the chunk's diagnosed tokens, computed tile by tile."""
         spec, like = self._spec, self.per_token_N
         assert spec.diagnosed is not None
         assert logits.sampled_privileged is not None
@@ -218,7 +218,7 @@ class ChunkedLoss:
         return torch.cat(parts, -1)
 
     def _queue_gradients(self, gradient_CV: Tensor, tokens: slice) -> None:
-        """Queues the products of the gradient with the matrix, and with the hidden states."""
+        """Queues the products of the gradient with the matrix and with the hidden states."""
         spec = self._spec
         if self._dh_NH is not None:
             # Without dW there is one product; two halves of it overlap with the two collectives.

@@ -1,5 +1,6 @@
-"""The tokens that the loss computes together: their number (few need less memory, many make products efficient), what
-their loss is computed from, and its result.
+"""A chunk, the tokens that the loss computes together: its size, the inputs of its loss, and the result.
+
+Smaller chunks need less memory; larger chunks make the matrix products more efficient.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ if TYPE_CHECKING:  # the planner imports this module without torch
     from torch import Tensor
 
 LARGEST_CHUNK = 1024
-"""Most tokens of a default chunk. Each chunk reads and writes dW once; at this size its product takes longer."""
+"""Upper bound of the default chunk size in tokens. Each chunk reads and writes dW once; at this size the matrix product
+takes longer than that.
+"""
 
 _LOGITS_TOKENS = 8192
 _SHARE_OF_LOGITS = 0.4
@@ -21,10 +24,10 @@ _MULTIPLE = 64
 
 
 def default_chunk_tokens(buffers: float) -> int:
-    """Tokens of a chunk whose `buffers` [C, V] buffers in fp32 take at most 0.4 of an fp32 [8192, V] tensor.
+    """Number of tokens of a chunk whose `buffers` fp32 [C, V] buffers take at most 0.4 of an fp32 [8192, V] tensor.
 
     The limit of the complete loss is 0.8 of that tensor (`distillation.chunk_tokens`); the other half is for tensors of
-    [N, H], and for dW where no trainer keeps it. The result does not depend on V, since the memory of a chunk and the
+    [N, H], and for dW if no trainer holds it. The result does not depend on V, since the memory of a chunk and the
     limit are both proportional to V.
     """
     affordable = int(_SHARE_OF_LOGITS * _LOGITS_TOKENS / buffers)
@@ -32,12 +35,12 @@ def default_chunk_tokens(buffers: float) -> int:
 
 
 def chunk_slices(tokens: int, chunk_tokens: int) -> list[slice]:
-    """All tokens in chunks of at most `chunk_tokens`."""
+    """Splits all tokens into chunks of at most `chunk_tokens`."""
     return [slice(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens)]
 
 
 def sampled_slices(index: Tensor, chunks: list[slice]) -> list[slice]:
-    """Which entries of an ascending index fall into each chunk. Waits for the device once."""
+    """For each chunk, the entries of an ascending index that fall into it. One host synchronization."""
     entries = index.tolist()
     stops = [0, *(bisect_left(entries, chunk.stop) for chunk in chunks)]
     return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
@@ -45,7 +48,7 @@ def sampled_slices(index: Tensor, chunks: list[slice]) -> list[slice]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the loss of one chunk is computed from; the [C, V] tensors are overwritten."""
+    """Inputs of the loss of one chunk; the [C, V] tensors are overwritten."""
 
     student: Tensor
     """W_s·h [C, V]."""
@@ -54,16 +57,17 @@ class Chunk:
     shift: Tensor | None
     """W·d [C, V]."""
     shift_mean: Tensor | None
-    """w̄·d [C], with `shift`."""
+    """w̄·d [C]; None if `shift` is None."""
     weights: Tensor
-    """[C]: factor of each token's gradient."""
+    """Factor of each token's gradient [C]."""
     gradient: Tensor | None
-    """Buffer for weights · dD/dz, where z is `student` before the temperature; None writes it over `student`."""
+    """Buffer for weights · dD/dz, where z is `student` before the temperature; None overwrites `student` instead."""
     needs_gradient: bool
     signal_stats: Tensor | None
     """This shard's statistics of the chunk's diagnosed tokens, gathered by the first collective."""
     token_stats: Tensor | None
-    """`token_log_probs.token_stats` of this shard [K, C], gathered likewise; None leaves the log-probabilities out."""
+    """`token_log_probs.token_stats` of this shard [K, C], gathered by the first collective; None computes no
+    log-probabilities."""
 
     @property
     def target(self) -> Tensor:
@@ -81,12 +85,12 @@ class ChunkResult(NamedTuple):
     """Loss and statistics of one chunk, replicated over the group."""
 
     loss: Tensor
-    """[C]."""
+    """Divergence of each token [C]."""
     statistics: Tensor
-    """[S, C], by `TOKEN_STATISTICS`."""
+    """Token statistics [S, C] in the order of `TOKEN_STATISTICS`."""
     signal_stats: Tensor | None
-    """[P, ...]: `Chunk.signal_stats` of each rank."""
+    """`Chunk.signal_stats` of every rank [P, ...]."""
     log_probs: Tensor | None
-    """[C]: the student's log-probability of each response token at temperature 1, with `Chunk.token_stats`."""
+    """The student's log-probability of each response token at temperature 1 [C]; None without `Chunk.token_stats`."""
     is_open: Tensor | None
-    """[C]: 1 for each token that is open, else 0, where there are gates."""
+    """1 for each open token, otherwise 0 [C]; None without gates."""

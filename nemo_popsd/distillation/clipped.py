@@ -1,18 +1,18 @@
-"""Kernels of a divergence whose vocabulary entries are clipped, as official OPSD's later recipe does (at 0.05).
+"""Kernels for divergences with clipped vocabulary entries, as in official OPSD's later recipe (clip 0.05).
 
-A divergence is a sum over vocabulary entries, D = Σ_v e_v. Clipped, it is D = Σ_v min(e_v, clip). A KL has entries
-below 0, which are not clipped, so that its sum may be negative, also where student and target are far apart; the
-entries of a JSD are at least 0. With I_v = 1 where e_v <= clip,
-else 0, and p = π_θ, q = P, the gradient with respect to the student's logits is h_v − p_v·G:
+A divergence is a sum over vocabulary entries, D = Σ_v e_v. With a clip it is D = Σ_v min(e_v, clip). The entries of a
+KL may be negative, and these are not clipped, so the clipped sum may be negative even if student and target are far
+apart. The entries of a JSD are at least 0. With I_v = 1 if e_v <= clip, otherwise 0, and p = π_θ, q = P, the gradient
+with respect to the student's logits is h_v − p_v·G:
 
     forward KL   e = q·(log q − log p)                        h = p − I·q                     G = Σ (1−I)·q
     reverse KL   e = p·(log p − log q)                        h = I·e − (1−I)·p               G = Σ h
     JSD          e = w·q·(log q − log m) + (1−w)·p·(log p − log m)    h = (1−w)·I·p·(log p − log m)   G = Σ h
 
-Where no entry is clipped this is the gradient without the clip, and where p and q are equal it is exactly 0. Both Σ e
-and G need the normalisers first: one all-reduce of [2, C] beside that of the statistics, as the JSD has without a clip.
+If no entry is clipped, this is the gradient without a clip; if p = q, it is exactly 0. The clipped sum and G need the
+normalisers, so they take one all-reduce of [2, C] after the collective of the statistics, like the JSD without a clip.
 
-The kernels follow the rules of those in `closed_form`. Legend: R tokens of a tile, V true vocabulary entries of this
+The kernels follow the conventions of `closed_form`. Legend: R tokens of a tile, V true vocabulary entries of this
 rank, P ranks.
 """
 
@@ -41,7 +41,7 @@ def forward_kl_entries(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants:
 
 
 def reverse_kl_entries(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-    """The same of KL(p‖q)."""
+    """Like `forward_kl_entries`, for KL(p‖q)."""
     p, _, ratio, statistics = _distributions(s_RV, t_RV, stats_PKR)
     entries = -p * ratio
     h = torch.where(entries <= constants.clip, entries, -p)
@@ -52,7 +52,7 @@ def reverse_kl_entries(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants:
 
 
 def jsd_entries(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-    """The same of the JSD."""
+    """Like `forward_kl_entries`, for the JSD."""
     p, q, ratio, statistics = _distributions(s_RV, t_RV, stats_PKR)
     ratio = ratio.clamp(max=LARGEST_LOG_RATIO)
     log_m_over_p = torch.log1p(torch.expm1(ratio) * constants.weight)
@@ -66,7 +66,7 @@ def jsd_entries(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Consta
 
 
 def clipped_grad(p_RV: Tensor, h_RV: Tensor, sum_R: Tensor, weights_R: Tensor, out_RV: Tensor | None) -> None:
-    """Writes weights·(h − p·G) to `out_RV`, or to `p_RV` where that is None; `sum_R` is G of the full vocabulary."""
+    """Writes weights·(h − p·G) to `out_RV`, or to `p_RV` if that is None; `sum_R` is G of the full vocabulary."""
     (p_RV if out_RV is None else out_RV).copy_((h_RV - p_RV * sum_R[:, None]) * weights_R[:, None])
 
 

@@ -1,17 +1,17 @@
-"""The loss of one chunk of tokens: its equations, their order, and the collectives over the shards of the vocabulary.
+"""The loss of one chunk of tokens: equations, order of evaluation, and collectives over the shards of the vocabulary.
 
-Let s, t be the logits of student and target, each less its maximum over the vocabulary, Z_s and Z_t the sums of their
-exponentials, and r = t − s − (log Z_t − log Z_s) = log q − log p. Then, with respect to the student's logits,
+Let s and t be the logits of student and target, each minus its maximum over the vocabulary, Z_s and Z_t the sums of
+their exponentials, and r = t − s − (log Z_t − log Z_s) = log q − log p. Then, with respect to the student's logits,
 
     forward KL(q‖p):  Σ e^t·(t−s)/Z_t − (log Z_t − log Z_s)       gradient  p − q
     reverse KL(p‖q):  Σ e^s·(s−t)/Z_s + (log Z_t − log Z_s)       gradient  p·(log p − log q − KL)
     JSD:              w·Σ q·(r − L) + (1−w)·Σ p·(−L)              gradient  (1−w)·p·(−L − KL(p‖m))
 
-where L = log(m/p) = log1p(w·expm1(r)). Every form is exactly 0, with gradient exactly 0, where s and t are equal.
+where L = log(m/p) = log1p(w·expm1(r)). Every form and its gradient are exactly 0 if s and t are equal.
 
-The kernels are functions of one tile of tokens on one shard. They use no process group, and write results of the size
-of the logits in place. `fusion.py` compiles them; uncompiled they are the reference. `ChunkDivergence` calls them in
-this order, with these collectives after them:
+Each kernel is a function of one tile of tokens on one shard. It uses no process group and writes logit-sized results in
+place. `fusion.py` compiles the kernels; the uncompiled kernels are the reference. `ChunkDivergence` calls them in this
+order, each followed by the collective on the right:
 
     shard_stats      s and t from raw products, and their statistics on this shard    all-gather of [SHARD_STATS, C]
     jsd_mixture      (JSD) the statistics of the mixture on this shard                all-reduce of [2, C]
@@ -40,11 +40,13 @@ from nemo_popsd.parallel.collectives import gather_shards, sum_shards_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 LARGEST_LOG_RATIO = 80.0
-"""Beyond it the student's share of the mixture is below every float's resolution, and exp would overflow."""
+"""Above this ratio the student's share of the mixture is below the resolution of every float dtype, and exp would
+overflow.
+"""
 
 SHARD_STATS = 8
-"""Entries of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t less their
-maximum over this shard, D is T less S."""
+"""Entries of `shard_stats`: max s, max t, Σe^S, Σe^T, Σe^S·S, Σe^T·T, Σe^S·D, Σe^T·D; S and T are s and t minus their
+maximum over this shard, D is T - S."""
 
 
 class Constants(NamedTuple):
@@ -72,14 +74,14 @@ def shard_stats(
 ) -> Tensor:
     """Computes s and t from raw products, in place, and returns their statistics on this shard.
 
-    s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` where there is no anchor.
+    s replaces `s_RV`; t replaces `anchor_RV`, or `shift_RV` if there is no anchor.
 
     Args:
         s_RV: W_s·h.
         anchor_RV: W·anchor, or None.
         shift_RV: W·d, or None.
-        mean_R: w̄·d, the mean of W·d over the true vocabulary; goes with `shift_RV`.
-        constants: of target and divergence.
+        mean_R: w̄·d, the mean of W·d over the true vocabulary; None if `shift_RV` is None.
+        constants: scalars of target and divergence.
 
     Returns:
         [SHARD_STATS, R].
@@ -116,12 +118,12 @@ def shard_stats(
 def merge_shards(stats_PKR: Tensor) -> VocabStats:
     """Statistics over the full vocabulary from `shard_stats` of all shards [P, SHARD_STATS, R].
 
-    The sums of a shard are relative to its own maxima; with gap = its maximum less the largest,
-    e^gap·Σ makes them relative to the largest. Where s = t on every shard both KLs are exactly 0.
+    The sums of a shard are relative to its own maxima. With gap = maximum of the shard − global maximum, e^gap·Σ makes
+    them relative to the global maximum. If s = t on every shard, both KLs are exactly 0.
     """
     max_s, max_t, z_s, z_t, s_s, t_t, s_difference, t_difference = stats_PKR.unbind(1)
     largest_s, largest_t = max_s.amax(0), max_t.amax(0)
-    # A shard that holds only padding has maximum −∞. It is left out, since 0·∞ would be NaN.
+    # A shard with only padding has maximum −∞. It is excluded, since 0·∞ would be NaN.
     gap_s = torch.where(max_s == -torch.inf, 0.0, max_s - largest_s)
     gap_t = torch.where(max_t == -torch.inf, 0.0, max_t - largest_t)
     share_s, share_t = gap_s.exp(), gap_t.exp()
@@ -144,14 +146,14 @@ def merge_shards(stats_PKR: Tensor) -> VocabStats:
 
 
 def kl_and_entropy(stats: VocabStats) -> Tensor:
-    """[S, R], by `TOKEN_STATISTICS`."""
+    """Token statistics [S, R] in the order of `TOKEN_STATISTICS`."""
     return torch.stack([statistic.closed_form(stats) for statistic in TOKEN_STATISTICS])
 
 
 def forward_kl_grad(
     s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Writes the gradient of weights·KL(q‖p), weights·(p − q), to `out_RV`, or to `s_RV` where that is None.
+    """Writes the gradient of weights·KL(q‖p), weights·(p − q), to `out_RV`, or to `s_RV` if that is None.
 
     Returns:
         KL(q‖p) [R], and `kl_and_entropy`.
@@ -166,9 +168,9 @@ def forward_kl_grad(
 def reverse_kl_grad(
     s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, weights_R: Tensor, out_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Writes the gradient of weights·KL(p‖q) to `out_RV`, or to `s_RV` where that is None.
+    """Writes the gradient of weights·KL(p‖q) to `out_RV`, or to `s_RV` if that is None.
 
-    It is weights·p·(log p − log q − KL); the normalisers cancel in the bracket.
+    The gradient is weights·p·(log p − log q − KL); the normalisers cancel in the bracket.
 
     Returns:
         KL(p‖q) [R], and `kl_and_entropy`.
@@ -181,9 +183,9 @@ def reverse_kl_grad(
 
 
 def jsd_mixture(s_RV: Tensor, t_RV: Tensor, stats_PKR: Tensor, constants: Constants) -> tuple[Tensor, Tensor]:
-    """The JSD's mixture m = w·q + (1−w)·p. p replaces `s_RV`, and log(m/p) replaces `t_RV`.
+    """Computes the mixture m = w·q + (1−w)·p of the JSD. p replaces `s_RV`, and log(m/p) replaces `t_RV`.
 
-    log(m/p) = log1p(w·expm1(r)) with r = log q − log p: exactly 0 where q = p.
+    log(m/p) = log1p(w·expm1(r)) with r = log q − log p; it is exactly 0 if q = p.
 
     Returns:
         KL(q‖m) and KL(p‖m) on this shard [2, R], and `kl_and_entropy`.
@@ -209,17 +211,17 @@ def jsd_grad(
     out_RV: Tensor | None,
     constants: Constants,
 ) -> None:
-    """Writes the gradient of weights·JSD to `out_RV`, or to `p_RV` where that is None.
+    """Writes the gradient of weights·JSD to `out_RV`, or to `p_RV` if that is None.
 
-    It is weights·(1−w)·p·(−log(m/p) − KL(p‖m)). No two arguments may share memory: compiled code does not see that they
-    overlap.
+    The gradient is weights·(1−w)·p·(−log(m/p) − KL(p‖m)). No two arguments may share memory: compiled code
+    does not detect that they overlap.
     """
     factor = weights_R * (constants.weight - 1)
     (p_RV if out_RV is None else out_RV).copy_(p_RV * factor[:, None] * (log_m_over_p_RV + kl_pm_R[:, None]))
 
 
 class Kernels(NamedTuple):
-    """The kernels as the loss calls them, compiled or not, and the tile that suits them."""
+    """The kernels that the loss calls, compiled or uncompiled, and their tile size."""
 
     shard_stats: Callable[..., Tensor]
     jsd_mixture: Callable[..., tuple[Tensor, Tensor]]
@@ -227,11 +229,11 @@ class Kernels(NamedTuple):
     forward_kl_grad: Callable[..., tuple[Tensor, Tensor]]
     reverse_kl_grad: Callable[..., tuple[Tensor, Tensor]]
     clipped_entries: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]
-    """Functions by divergence; see `clipped`."""
+    """Kernels by kind of divergence; see `clipped`."""
     clipped_grad: Callable[..., None]
     fused: bool
     tile_tokens: Callable[[int, torch.dtype, torch.device], int]
-    """Tokens of a tile, from the number of true entries, their dtype and device."""
+    """Number of tokens of a tile, given the number of true entries, dtype and device."""
 
 
 # --- One chunk --------------------------------------------------------------------------------------------------------
@@ -239,12 +241,12 @@ class Kernels(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """Work of the previous chunk that runs while this chunk's collectives are under way."""
+    """Work of the previous chunk that overlaps this chunk's collectives."""
 
     first: Callable[[], None]
-    """During the first collective where another one follows."""
+    """Runs during the first collective if a second one follows."""
     rest: Callable[[], None]
-    """During the last collective; nothing is left after it."""
+    """Runs during the last collective and completes the work."""
 
 
 class ChunkDivergence:
@@ -253,7 +255,7 @@ class ChunkDivergence:
     def __init__(
         self, target: Target, divergence: Divergence, gates: Gates, kernels: Kernels, shard: VocabShard, *, like: Tensor
     ) -> None:
-        """Keeps the settings; `like` has the dtype of the statistics and the device."""
+        """Stores the settings; `like` determines the dtype of the statistics and the device."""
 
         def scalar(value: float) -> Tensor:
             return torch.full((), value, dtype=like.dtype, device=like.device)
@@ -270,10 +272,10 @@ class ChunkDivergence:
         self._divergence, self._gates, self._kernels, self._shard = divergence, gates, kernels, shard
 
     def __call__(self, chunk: Chunk, overlap: Overlap) -> ChunkResult:
-        """Loss of one chunk, and its gradient.
+        """Computes the loss of one chunk and its gradient.
 
-        With one shard each tile passes through all kernels while it is in the cache. With more, all tiles pass through
-        one kernel before the next, so that there is one collective for the chunk and not one for each tile.
+        With one shard, all kernels process a tile while it is in the cache. With several shards, each kernel processes
+        all tiles before the next kernel starts, so that a collective runs once per chunk instead of once per tile.
         """
         tokens, width = chunk.student.shape
         step = self._kernels.tile_tokens(width, chunk.student.dtype, chunk.student.device)
@@ -316,7 +318,7 @@ class ChunkDivergence:
     def _finish(
         self, chunk: Chunk, gathered: list[tuple[slice, Tensor]], weights: Sequence[Tensor], overlap: Overlap
     ) -> tuple[Tensor, Tensor]:
-        """Loss and statistics of some tiles, from all shards' `shard_stats` of each; fills their weighted gradient."""
+        """Loss and statistics of tiles, from `shard_stats` of all shards; writes their weighted gradient."""
         kernels, kind, clipped = self._kernels, self._divergence.kind, self._divergence.clip is not None
         backward = chunk.needs_gradient and chunk.student.shape[1] > 0
         values, statistics = [], []

@@ -1,11 +1,11 @@
 """The decomposition of the teacher's signal (eq. 4) on a sample of a chunk's tokens, over a sharded vocabulary.
 
-`statistics` declares the figures as formulas of norms and inner products, which this module computes. Over the full
-vocabulary they need the log-probabilities of T and of ref, each with its own log-sum-exp. The loss computes W·h, W·h_0,
-and W·d with d = h_T − h_ref. None of the three is W·h_T or W·h_ref, and log Σexp is not linear, so these
-log-probabilities do not follow from the chunk's products. One more vector for each sampled token suffices: h_T, since
-z_ref is z_T − W·d; where the target has no shift, h_ref is the second. These vectors join the chunk's matrix product
-and its first collective, so no product and no collective is added.
+`statistics` declares the statistics as formulas of norms and inner products; this module computes these. They require
+the log-probabilities of T and ref over the full vocabulary, each with its own log-sum-exp. The loss computes W·h, W·h_0
+and W·d with d = h_T − h_ref. These log-probabilities do not follow from the chunk's products, because none of the
+three is W·h_T or W·h_ref, and log Σexp is not linear. One additional vector per sampled token suffices: h_T, since
+z_ref = z_T − W·d. If the target has no shift, h_ref is also needed. These vectors are part of the chunk's matrix
+product and of its first collective, so the decomposition adds no product and no collective.
 
 Legend: D sampled tokens of the chunk, V true vocabulary entries of this rank, P ranks.
 """
@@ -22,28 +22,29 @@ from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, SignalProducts
 
 @dataclass(frozen=True)
 class DiagnosedTokens:
-    """D of the N tokens, on which the signal is decomposed, with the states that this needs."""
+    """The D of N tokens on which the signal is decomposed, with their hidden states."""
 
     index: Tensor
-    """[D] int64, ascending: which tokens."""
+    """Indices of the tokens [D], int64, ascending."""
     privileged: Tensor
-    """[D, H] h_T."""
+    """h_T [D, H]."""
     reference: Tensor
-    """[D, H] h_ref."""
+    """h_ref [D, H]."""
 
 
 SIGNAL_SHARD_STATS = 14
-"""Rows of `signal_shard_stats`."""
+"""Number of statistics that `signal_shard_stats` returns."""
 
 SIGNAL_PRODUCTS = len(SignalProducts._fields)
-"""Rows of `merge_signal_shards`."""
+"""Number of norms and products that `merge_signal_shards` returns."""
 
 
 def signal_shard_stats(student_DV: Tensor, privileged_DV: Tensor, reference_DV: Tensor) -> Tensor:
     """Statistics of logits (at the loss's temperature) on this shard: [SIGNAL_SHARD_STATS, D].
 
-    Maxima and sums of exponentials of the three; then sums, and sums of products, of the differences of the logits,
-    each less its maximum on this shard, which keeps them small: total, reference, question.
+    In order: the maximum and the sum of exponentials of each of the three logits; the sums of their differences (total,
+    reference, question); the sums of products of the differences. Differences are taken of logits minus their maximum
+    on this shard, which keeps them small.
     """
     logits = (student_DV, privileged_DV, reference_DV)
     if student_DV.shape[1] == 0:
@@ -67,18 +68,18 @@ def signal_shard_stats(student_DV: Tensor, privileged_DV: Tensor, reference_DV: 
 def merge_signal_shards(stats_PMD: Tensor, widths: list[int]) -> Tensor:
     """‖Δ_total‖², ‖Δ_ref‖², ‖Δ_it‖², ⟨Δ_total, Δ_it⟩, ⟨Δ_total, Δ_ref⟩ over the full vocabulary: [SIGNAL_PRODUCTS, D].
 
-    Computed in float64, on [D] values only, and returned in the dtype of the input.
+    Computed in float64 on [D] values, and returned in the dtype of the input.
 
     Args:
         stats_PMD: `signal_shard_stats` of every shard.
-        widths: true vocabulary entries of every shard.
+        widths: number of true vocabulary entries of every shard.
     """
     m = stats_PMD.double()
     count_P1 = torch.tensor(widths, dtype=m.dtype, device=m.device)[:, None]
     peaks_P3D, sums_P3D = m[:, :3], m[:, 3:6]
     largest_3D = peaks_P3D.amax(0)
     log_z_3D = largest_3D + ((peaks_P3D - largest_3D).exp() * sums_P3D).sum(0).log()
-    # A log-probability is the logit less the shard's own maximum, plus this; 0 on a shard without entries.
+    # A log-probability is the logit minus the shard's maximum, plus this; 0 on a shard without entries.
     rest = torch.where(peaks_P3D == -torch.inf, 0.0, peaks_P3D - log_z_3D)
     student, privileged, reference = rest.unbind(1)
     total, induced, question = range(3)

@@ -1,4 +1,4 @@
-"""The equations as defined, from logits, under autograd. The diagnosis uses the target and the sums of this module.
+"""Target and loss as the equations define them, from logits, with autograd. The diagnosis uses the target and the sums.
 
 `hidden.py` computes the same loss from hidden states, with closed-form gradients and a fraction of the memory.
 """
@@ -23,13 +23,13 @@ class Branches:
     """One tensor per branch on the same tokens: logits or log-probabilities [N, V_pad/tp] or [N, v]."""
 
     student: Tensor
-    """Log-probabilities of the live student."""
+    """The live student."""
     base: Tensor | None = None
-    """Log-probabilities of the frozen base; like the next two, None is allowed if the coefficient is 0."""
+    """The frozen base. This and the following fields may be None if their coefficient is 0."""
     privileged: Tensor | None = None
-    """Log-probabilities of the privileged teacher."""
+    """The privileged teacher."""
     reference: Tensor | None = None
-    """Log-probabilities of the second context."""
+    """The teacher with the second context."""
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of the branch called `name`."""
@@ -40,21 +40,22 @@ class Branches:
 def loss_from_logits(logits: Branches, *, target: Target, divergence: Divergence, shard: VocabShard) -> Tensor:
     """Divergence of the student from the target (eq. 13-18 for `Target.purified`), per token.
 
-    Under tensor parallelism every tensor is this rank's [N, V_pad/tp] columns of the logits. Columns of padding have
-    probability 0 in every distribution, do not enter the mean of eq. 14, and get gradient 0; their values are not read.
+    With tensor parallelism every tensor holds this rank's [N, V_pad/tp] columns of the logits. Padding columns have
+    probability 0 in every distribution, are excluded from the mean of eq. 14, and receive gradient 0; their values are
+    not read.
 
-    Collectives on [N] floats: 2 for each log-softmax and 1 for the centring of the target, 1 for the sum of the
-    divergence; backward 1. Memory: about ten tensors of the shard's size. Use `loss_from_hidden` in training.
+    Collectives on [N] floats: forward 2 per log-softmax, 1 to centre the target, 1 to sum the divergence; backward 1.
+    Memory: about ten tensors of the shard's size. Use `loss_from_hidden` in training.
 
     Args:
-        logits: of the branches; only the student's are differentiable.
+        logits: logits of the branches; only the student's are differentiable.
         target: the target distribution.
         divergence: which divergence.
         shard: which columns of the vocabulary this rank holds.
 
     Returns:
-        [N] in fp32, float64 where the student's logits are float64; replicated over the group. The gradient of the
-        student's logits is this rank's shard of the dense gradient, provided every rank uses the result alike.
+        [N] in fp32 (float64 if the student's logits are float64), replicated over the group. The gradient of the
+        student's logits is this rank's shard of the dense gradient, provided every rank uses the result identically.
 
     Raises:
         ValueError: logits that the target needs are missing, or shapes differ.
@@ -69,8 +70,7 @@ def loss_from_logits(logits: Branches, *, target: Target, divergence: Divergence
 def target_from_logits(logits: Branches, *, target: Target, shard: VocabShard) -> Tensor:
     """The target distribution from logits, as log-probabilities [N, v] of the v true columns of this rank's shard.
 
-    Arguments, errors, padding and dtypes are those of `loss_from_logits`, and so are the collectives, except those of
-    the divergence.
+    Arguments, errors, padding, dtypes and collectives are those of `loss_from_logits`, without those of the divergence.
     """
     with torch.autocast(logits.student.device.type, enabled=False):
         needed = (("student",) if target.student != 0 else ()) + target.frozen_branches()
@@ -82,7 +82,7 @@ def target_from_logits(logits: Branches, *, target: Target, shard: VocabShard) -
 def target_from_log_probs(log_probs: Branches, *, target: Target, shard: VocabShard) -> Tensor:
     """The target distribution from the branches' log-probabilities on this shard, [N, v] each (eq. 13-17).
 
-    All-reduces of [N]: 2 for the normalisation, 1 for the centring where the target has a cap.
+    All-reduces of [N]: 2 for the normalisation, 1 for the centring if the target has a cap.
     """
     log_q = torch.zeros_like(log_probs.student)
     if target.student != 0:
@@ -127,7 +127,7 @@ def _log_probs(name: str, logits: Branches, target: Target, shard: VocabShard) -
 
 
 def _true_columns(logits: Tensor, student: Tensor, shard: VocabShard) -> Tensor:
-    """Columns of true entries in float64 where the student's logits are float64, else in fp32."""
+    """Columns of true entries, in float64 if the student's logits are float64, otherwise in fp32."""
     convert: Callable[[Tensor], Tensor] = torch.Tensor.double if student.dtype == torch.float64 else torch.Tensor.float
     return convert(logits[:, : shard.true_width])
 

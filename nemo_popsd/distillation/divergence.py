@@ -1,4 +1,4 @@
-"""The three divergences of the student p = π_θ from the target q = P, as formulas under autograd.
+"""The three divergences of the student p = π_θ from the target q = P, with autograd.
 
     forward_kl:  KL(q ‖ p)
     reverse_kl:  KL(p ‖ q)
@@ -6,7 +6,7 @@
 
 With a clip, each vocabulary entry's term of the sum is at most `clip` (official OPSD's later recipe).
 
-The JSD is the paper's (eq. 18); the weight 0.5 is ours, as the paper does not state it.
+The JSD is eq. 18 of the paper. The default weight 0.5 is ours; the paper does not state it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ KINDS = ("jsd", "forward_kl", "reverse_kl")
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence the loss is.
+    """The divergence that the loss computes.
 
     Raises:
-        UserError: unknown kind, a weight that is not in (0, 1) (at 0 and at 1 the JSD is identically 0), or a clip that
+        UserError: the kind is unknown, the weight is not in (0, 1) (at 0 and 1 the JSD is identically 0), or the clip
             is not above 0.
     """
 
@@ -47,8 +47,8 @@ class Divergence:
     """w of the JSD: the share of the target in the mixture m. The KLs do not use it."""
 
     clip: float | None = None
-    """Largest contribution of one vocabulary entry to the sum (official OPSD's later recipe: 0.05). Contributions to a
-    KL that are below 0 remain as they are, so that a clipped KL may be negative."""
+    """Largest contribution of one vocabulary entry to the sum (official OPSD's later recipe: 0.05). Negative
+    contributions to a KL are not clipped, so a clipped KL may be negative."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,21 +60,21 @@ class Divergence:
 
     @property
     def sums_entries(self) -> bool:
-        """Whether loss and gradient need sums over the vocabulary that come after the normalisers."""
+        """Whether loss and gradient need sums over the vocabulary that depend on the normalisers."""
         return self.kind == "jsd" or self.clip is not None
 
 
 def divergence_of_log_probs(
     log_p: Tensor, log_q: Tensor, divergence: Divergence, tp_group: dist.ProcessGroup | None
 ) -> Tensor:
-    """The divergence by its formula, differentiable in `log_p`.
+    """The divergence as defined, differentiable in `log_p`.
 
     One all-reduce forward (all terms are summed locally first), none backward.
 
     Args:
-        log_p: student's log-probabilities [N, v], this rank's true vocabulary entries, normalised over the group.
-        log_q: target's log-probabilities [N, v], a constant.
-        divergence: which one.
+        log_p: student's log-probabilities [N, v] of this rank's true vocabulary entries, normalised over the group.
+        log_q: target's log-probabilities [N, v], constant.
+        divergence: kind, weight and clip.
         tp_group: the group over which the vocabulary is sharded; None for one shard.
 
     Returns:
@@ -94,11 +94,11 @@ def divergence_of_log_probs(
 
 
 def build_divergence(config: DivergenceConfig) -> Divergence:
-    """The divergence that `config` names; warns of a clip that may make it negative."""
+    """The divergence that `config` specifies. Logs a warning if its clip may make it negative."""
     if config.clip is not None and config.kind != "jsd":
         logger.warning(
-            "distillation.divergence.clip=%g bounds the contributions of vocabulary entries from above, and those of a "
-            "KL may be below 0: the loss may become negative, and is not the distance from the target",
+            "distillation.divergence.clip=%g bounds the contributions of vocabulary entries only from above, and those "
+            "of a KL may be negative: the loss may become negative, and does not measure the distance from the target",
             config.clip,
         )
     return Divergence(kind=config.kind, weight=config.weight, clip=config.clip)

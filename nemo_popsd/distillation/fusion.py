@@ -1,9 +1,9 @@
-"""The kernels of `closed_form.py` as the loss calls them: compiled by torch.compile into fused kernels, or uncompiled.
+"""The kernels of `closed_form.py`, fused by torch.compile or uncompiled.
 
-Between two matrix products nearly everything is bound by memory bandwidth: a fused kernel reads a tile of logits a few
-times, uncompiled code a few dozen times. A kernel is compiled once per process for each target and divergence (some
-seconds the first time; inductor's cache on disk makes later runs quicker). Sizes are symbolic, so another number of
-tokens needs no compilation.
+The arithmetic between two matrix products is limited by memory bandwidth: a fused kernel reads a tile of logits a few
+times, uncompiled code a few dozen times. Each process compiles a kernel once per target and divergence (a few seconds
+the first time; inductor's disk cache makes later runs faster). Sizes are symbolic, so a new number of tokens does not
+trigger a recompilation.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ Result = TypeVar("Result")
 SETTINGS = ("auto", "always", "never")
 
 _SMALLEST_FUSED_VOCABULARY = 8192
-"""Entries of a shard from which `auto` compiles; with fewer, compilation takes longer than it saves in a run."""
+"""Minimum entries of a shard for which `auto` compiles; below it, compilation takes longer than it saves in a run."""
 
 TILE_BYTES = {("cpu", False): 1 << 19, ("cpu", True): 1 << 22, ("cuda", False): 1 << 26, ("cuda", True): 1 << 26}
-"""Bytes of one tile of logits, by device type and whether fused; several tiles fit the cache (measured on a CPU)."""
+"""Bytes of one tile of logits, by device type and whether kernels are fused. Several tiles fit in a CPU's cache."""
 
 _ALIGNED_TOKENS = 8
 
 
 def _tile_tokens(fused: bool, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of `width` entries that a kernel handles at a time."""
+    """Number of tokens with `width` entries each that one kernel call processes."""
     size = TILE_BYTES["cpu" if device.type == "cpu" else "cuda", fused]
     tokens = max(1, size // max(1, width * dtype.itemsize))
-    # Tiles start at multiples that vector loads need at any width; otherwise compiled GPU code copies its inputs.
+    # Tiles start at multiples that are aligned for vector loads at any width; compiled GPU code copies other inputs.
     return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS
 
 
 class _Compiled(Generic[Result]):
-    """A kernel, compiled when first called; uncompiled where no compiler works."""
+    """A kernel that is compiled when first called, and runs uncompiled if compilation fails."""
 
     broken = False
-    """Whether a compilation failed. Shared by all kernels, since it would fail for each of them."""
+    """Whether a compilation failed. Shared by all kernels, since compilation would fail for each of them."""
 
     def __init__(self, function: Callable[..., Result]) -> None:
         self._function = function
-        # One thread compiles: a pool of processes would outlive its use, and a few kernels gain nothing by it.
+        # One compile thread: a process pool would outlive the compilation, and a few kernels do not need one.
         self._compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
         self._worked = False
 
     def __call__(self, first: Tensor, *rest: object) -> Result:
-        """Calls the kernel; uncompiled where a size is 1, for which torch would compile a variant of its own."""
+        """Calls the kernel. It runs uncompiled if a size is 1, since torch would compile a separate variant for it."""
         if _Compiled.broken or min(first.shape) < 2:
             return self._function(first, *rest)
         if self._worked:
@@ -64,8 +64,8 @@ class _Compiled(Generic[Result]):
         try:
             result = self._compiled(first, *rest)
         except Exception as error:
-            # Compilation fails before anything has been computed: the arguments are as they were.
-            logger.warning("the loss is not fused, which costs time: torch.compile failed: %s", _first_line(error))
+            # Compilation fails before any computation, so the arguments are unchanged.
+            logger.warning("torch.compile failed, so the loss runs unfused and is slower: %s", _first_line(error))
             _Compiled.broken = True
             return self._function(first, *rest)
         self._worked = True
@@ -108,15 +108,15 @@ _fused: Kernels | None = None
 
 
 def choose_kernels(setting: str, width: int, dtype: torch.dtype) -> Kernels:
-    """The kernels to use for a shard of `width` entries.
+    """The kernels for a shard with `width` entries.
 
     Args:
-        setting: `auto` fuses in fp32 from 8,192 entries of a shard on; `always` always; `never` never.
-        width: true vocabulary entries of this shard.
-        dtype: of the statistics. In float64, which only checks the other precisions, `auto` does not fuse.
+        setting: `always`, `never`, or `auto`, which fuses in fp32 for shards with at least 8,192 entries.
+        width: number of true vocabulary entries of this shard.
+        dtype: data type of the statistics. `auto` does not fuse float64, which only serves to check other precisions.
 
     Raises:
-        UserError: unknown setting.
+        UserError: `setting` is unknown.
     """
     if setting not in SETTINGS:
         raise UserError("loss", got=f"fused={setting!r}", need=f"one of {', '.join(SETTINGS)}", fix="set fused")

@@ -1,4 +1,4 @@
-"""Gates: which tokens have a loss, by what student and target are at the token. This module needs no torch."""
+"""Gates: which tokens have a loss, given student and target at the token. This module does not need torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """A token is open where every condition holds; distributions are at the temperature of the loss.
+    """Conditions on a token, which is open if all hold. Distributions are at the temperature of the loss.
 
-    They are conditions on figures that the loss has on every rank of the vocabulary group before its gradient: a gate
-    needs no pass over the vocabulary and no collective.
+    The conditions use statistics that the loss has on every rank of the vocabulary group before it computes its
+    gradient, so a gate adds no pass over the vocabulary and no collective.
     """
 
     max_student_probability: float = 1.0
-    """Largest probability of the student's most likely token."""
+    """Maximum probability of the student's most likely token."""
     student_entropy: tuple[float, float] = (0.0, math.inf)
-    """Least and largest entropy of the student, in nats."""
+    """Minimum and maximum entropy of the student, in nats."""
     target_entropy: tuple[float, float] = (0.0, math.inf)
-    """Least and largest entropy of the target, in nats."""
+    """Minimum and maximum entropy of the target, in nats."""
 
     def __bool__(self) -> bool:
-        """Whether a token may be closed."""
+        """Whether any condition can close a token."""
         return self != Gates()
 
     def open(self, stats: VocabStats) -> Tensor:
-        """Whether each token is open [R] bool; not where the student's figures are NaN."""
+        """Whether each token is open, bool [R]; False if the student's statistics are NaN."""
         is_open = stats.z_s > 0
         if self.max_student_probability < 1:
             is_open = 1 / stats.z_s <= self.max_student_probability  # the largest exponential is 1
@@ -50,7 +50,7 @@ class Gates:
 
 
 def build_gates(config: TokensConfig) -> Gates:
-    """The gates that `config` sets."""
+    """The gates that `config` specifies."""
 
     def upper(value: float | None) -> float:
         return math.inf if value is None else value

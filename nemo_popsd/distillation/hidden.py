@@ -35,28 +35,28 @@ from nemo_popsd.parallel.vocabulary import VocabShard, mean_output_vector
 
 _NO_GATES = Gates()
 _UPSTREAM_TOLERANCE = 1e-4
-"""Relative: a trainer divides by the number of micro-batches and multiplies by it again, in fp32."""
+"""Relative tolerance: a trainer divides by the number of micro-batches and multiplies by it again, in fp32."""
 
 
 class HiddenLoss(NamedTuple):
-    """The result of `loss_from_hidden`. Only `total` has a gradient."""
+    """Results of `loss_from_hidden`. Only `total` has a gradient."""
 
     total: Tensor
-    """Σ_n token_weights[n] · is_open[n] · per_token[n], a scalar: the loss to call backward on."""
+    """Σ_n token_weights[n] · is_open[n] · per_token[n], a scalar; call backward on it."""
 
     per_token: Tensor
-    """The divergence of each token, unweighted [N], detached: for logging."""
+    """The unweighted divergence of each token [N], detached, for logging."""
 
     statistics: StatisticValues
     """`TOKEN_STATISTICS` of all tokens [N]."""
 
     decomposition: StatisticValues | None
-    """`SIGNAL_STATISTICS` of the diagnosed tokens [D], where any were passed."""
+    """`SIGNAL_STATISTICS` of the diagnosed tokens [D]; None if `diagnosed` was not passed."""
 
     log_probs: Tensor | None
-    """The student's log-probability of each of `response_ids` [N], where they were passed: temperature 1, detached."""
+    """The student's log-probabilities of `response_ids` [N] at temperature 1, detached; None if not passed."""
     is_open: Tensor | None
-    """1 for each token that is open, else 0 [N], where there are gates."""
+    """1 for each open token, otherwise 0 [N]; None without gates."""
 
 
 def loss_from_hidden(
@@ -77,60 +77,60 @@ def loss_from_hidden(
     diagnosed: DiagnosedTokens | None = None,
     response_ids: Tensor | None = None,
 ) -> HiddenLoss:
-    """Divergence of the student from the target, weighted and summed over tokens, without full logits.
+    """Divergence of the student from the target, weighted and summed over tokens, without materializing all logits.
 
         p = softmax(W_s·h / τ)
         q = softmax(W·anchor/τ + a_T·c·tanh((W·d − w̄·d)/(τ·c)) + a_S·sg[W_s·h/τ])
         total = Σ_n token_weights[n] · is_open[n] · D(p_n, q_n)
 
-    which is eq. 13-18 for `Target.purified`. The result is a weighted sum and not the [N] losses because the gradient
-    of `student_weight` is summed over the tokens in the forward pass, where a token's weight must be known. Pass
+    This is eq. 13-18 for `Target.purified`. The result is a weighted sum rather than [N] losses, because the forward
+    pass sums the gradient of `student_weight` over the tokens and needs their weights to do so. Pass
     1/(number of tokens), or 1/(sequences · length of the token's sequence), as `token_weights`, and call backward on
     `total`, possibly scaled by any scalar. `per_token` is detached: a loss built from it has no gradient.
 
-    Sharding: hidden states are replicated over `shard.group`, the two matrices are this rank's shards. All ranks of the
-    group have the same N and the same diagnosed tokens. The gradient of `student_hidden` is the full one, summed over
-    the group here, as in Megatron's output layer; if the hidden states come from a gather, its backward must not sum
-    them again. The gradient of `student_weight` is this rank's shard, with zeros in padding.
+    Sharding: hidden states are replicated over `shard.group`; both matrices are this rank's shards. All ranks of the
+    group have the same N and the same diagnosed tokens. The gradient of `student_hidden` is complete: it is summed over
+    the group here, as in Megatron's output layer. If the hidden states result from a gather, its backward must not sum
+    the gradient again. The gradient of `student_weight` is this rank's shard, with zeros in the padding.
 
-    Products for each chunk of tokens: one stacked product where student and teacher share the matrix (the same
-    storage), else one for each vector; one for dh and one for dW. Collectives for each chunk: 1 for the KLs (an
-    all-gather of 8 floats per token, and one or two more with `response_ids`) and 2 for the JSD and with a clip (an
-    all-reduce of 2 more). Each is under way while the products of the previous chunk are computed (dh and dW). 1 on [H]
-    where `centre` is needed and not passed; backward 1 on [N, H] where `student_hidden` needs a gradient.
+    Matrix products per chunk: one stacked product if student and teacher share the matrix (the same storage), otherwise
+    one per vector; one for dh and one for dW. Collectives per chunk: 1 for the KLs (an all-gather of 8 floats per
+    token, and one or two more floats with `response_ids`); 2 for the JSD and with a clip (the second is an all-reduce
+    of 2 floats per token). Each overlaps with the products of the previous chunk (dh and dW). In addition, 1 on [H] if
+    `centre` is needed and not passed, and in backward 1 on [N, H] if `student_hidden` needs a gradient.
 
-    Precision: products of matrices in the dtype of the matrix, everything else in fp32 (float64 where
-    `student_weight` is float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
+    Precision: matrix products use the dtype of the matrix, everything else fp32 (float64 if `student_weight` is
+    float64). The gradient of `student_weight` is summed over the chunks in fp32 and rounded once.
 
-    Memory: a [C, V] tensor in fp32 for the student and one for each vector of the target, plus one for the gradient
-    (in the matrix's dtype) with more than one shard or in bf16, plus the products of diagnosed tokens; plus dh of
-    [N, H]; plus dW in fp32, unless there is a `main_gradient`. A gradient that is not needed takes no memory: that of a
-    frozen or LoRA-covered `student_weight`, or any under torch.no_grad. `benchmarks/README.md` has the figures.
+    Memory: one fp32 [C, V] tensor for the student and one for each vector of the target; one for the gradient (in the
+    matrix's dtype) with more than one shard or in bf16; the products of the diagnosed tokens; dh of [N, H]; dW in fp32
+    unless `main_gradient` is passed. A gradient that is not needed takes no memory: that of a frozen or LoRA-covered
+    `student_weight`, or any under torch.no_grad. `benchmarks/README.md` has measurements.
 
     Args:
         student_hidden: h [N, H], final hidden state after the last norm, at the response positions only.
         student_weight: W_s [V_pad/tp, H], live.
-        vectors: `hidden_pair` of N tokens. A shift is in fp32, and rounded once, to the dtype of the matrix.
+        vectors: `hidden_pair` of N tokens. A shift is in fp32 and is rounded once, to the dtype of the matrix.
         teacher_weight: W [V_pad/tp, H], frozen; may be the same tensor as `student_weight`.
-        target: what `vectors` were computed for.
-        divergence: which divergence.
-        shard: which vocabulary entries the matrices hold.
-        gates: which tokens are open; a closed one has loss and gradient 0 and remains in `per_token`. No pass over the
-            vocabulary and no collective beside those above.
-        token_weights: [N], constants; None for 1 each, which makes `total` the plain sum.
-        chunk_tokens: tokens of a chunk; None takes what keeps the chunk's buffers within 0.4 of an fp32 [8192, V].
-        centre: w̄ = `mean_output_vector(teacher_weight, shard)`, computed here where needed and None.
-        fused: `auto`, `always` or `never`: whether the arithmetic between products is compiled; see `fusion`.
-        main_gradient: where to add the gradient of `student_weight`; None returns it to autograd.
-        diagnosed: tokens on which to decompose the teacher's signal; adds their states to the products.
-        response_ids: [N] int64, the tokens that the states predict; returns the student's log-probabilities of them,
-            which changes nothing else.
+        target: the target that `vectors` belong to.
+        divergence: kind, weight and clip of the divergence.
+        shard: the vocabulary entries that the matrices hold.
+        gates: conditions that close tokens; a closed token has loss and gradient 0 and remains in `per_token`. Gates
+            add no pass over the vocabulary and no collective.
+        token_weights: constant weights [N]; None weights each token by 1, so that `total` is the plain sum.
+        chunk_tokens: tokens of a chunk; None limits the chunk's buffers to 0.4 of an fp32 [8192, V] tensor.
+        centre: w̄ = `mean_output_vector(teacher_weight, shard)`; computed here if it is needed and None.
+        fused: whether the arithmetic between products is compiled: `auto`, `always` or `never`; see `fusion`.
+        main_gradient: buffer to which the gradient of `student_weight` is added; None returns it to autograd.
+        diagnosed: tokens on which to decompose the teacher's signal; their states join the products.
+        response_ids: ids of the predicted tokens, int64 [N]; if passed, the student's log-probabilities of them are
+            returned. No other result changes.
 
     Raises:
         UserError: `fused` is unknown.
         ValueError: shapes, dtypes or vectors do not fit each other or the target, `token_weights` requires grad, or
             `chunk_tokens` is below 1.
-        RuntimeError: in backward, where it does not multiply the loss by `main_gradient.upstream`, or runs twice.
+        RuntimeError: backward does not multiply the loss by `main_gradient.upstream`, or runs twice.
     """
     dtype = statistics_dtype(student_weight)
     check_inputs(
@@ -151,7 +151,7 @@ def loss_from_hidden(
         centre = mean_output_vector(teacher_weight, shard)
     record = torch.is_grad_enabled()
     gradients = record and (student_hidden.requires_grad or student_weight.requires_grad)
-    # The gradient needs its own buffer where it outlives the chunk's logits, or is smaller than the logits.
+    # The gradient needs its own buffer if it outlives the chunk's logits or has a smaller dtype.
     rounded = student_weight.is_cuda and student_weight.dtype != dtype
     separate_gradient = gradients and (rounded or shard.ranks > 1)
     buffers = 1 + target.vectors + (0.5 if rounded else 1) * separate_gradient
@@ -243,11 +243,11 @@ class _HiddenLossFunction(torch.autograd.Function):
 
 
 def _check_upstream(ctx: _LossContext, main_gradient: MainGradient, upstream: Tensor) -> None:
-    """Refuses a backward pass whose gradient is not what was added in the forward pass."""
+    """Raises if the backward pass does not scale the loss as the forward pass assumed."""
     if ctx.spent:
         raise RuntimeError("a second backward pass over a loss that added its gradient to main_gradient")
     ctx.spent = True
     stated = main_gradient.upstream
     agrees = (upstream - stated).abs() <= _UPSTREAM_TOLERANCE * abs(stated)
-    # The host does not wait for a GPU: the check runs on it.
+    # The check runs on the GPU, so the host does not wait for it.
     torch._assert_async(agrees, f"backward does not multiply the loss by main_gradient.upstream={stated}")

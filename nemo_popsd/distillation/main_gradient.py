@@ -9,19 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MainGradient:
-    """Where a trainer keeps the gradient of the output matrix, so that no second tensor of its size is needed.
+    """The trainer's gradient buffer of the output matrix, which avoids a second tensor of its size.
 
-    A gradient computed in the forward pass must be scaled there: the trainer states what backward will multiply the
-    loss by, and backward raises where it does not. One forward pass, then one backward pass.
+    The forward pass computes the gradient and must scale it, so the trainer states the factor by which backward will
+    multiply the loss; backward raises if the factor differs. One backward pass follows each forward pass.
     """
 
     buffer: Tensor
     """[V_pad/tp, H] in fp32 (float64 for float64); the gradient is added to it in the forward pass."""
 
     upstream: float
-    """Derivative of what backward is called on with respect to the loss's `total`."""
+    """Derivative, with respect to the loss's `total`, of the scalar on which backward is called."""
 
     placeholder: bool = False
-    """Whether autograd must still pass zeros of the matrix's size to the parameter's hooks, which require some
-    gradient (Megatron's, where it overlaps the reduction of gradients with the backward pass). Otherwise the parameter
-    gets none from the loss."""
+    """Whether autograd passes zeros of the matrix's size to the parameter. Megatron's hooks require some gradient if it
+    overlaps gradient reduction with the backward pass. Otherwise the parameter receives no gradient from the loss."""

@@ -1,4 +1,4 @@
-"""Products of hidden states with output matrices, in buffers that all chunks of tokens share."""
+"""Products of hidden states and output matrices, in buffers shared by all chunks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def statistics_dtype(weight: Tensor) -> torch.dtype:
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two matrices are the same elements of the same memory."""
+    """Whether two matrices have the same elements in the same memory."""
     return (
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and a.storage_offset() == b.storage_offset()
@@ -32,7 +32,7 @@ def share_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Writes a @ b to `out`; on a CPU it is first rounded to the inputs' dtype, which on a GPU is not needed."""
+    """Writes a @ b to `out`. A CPU first rounds it to the dtype of the inputs; a GPU does not."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -51,16 +51,16 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Non
 
 
 class SampledStates(NamedTuple):
-    """States of the sampled tokens beside the vectors of their target; see `decomposition`."""
+    """States of the sampled tokens in addition to the vectors of their target; see `decomposition`."""
 
     privileged: Tensor
     """h_T [D, H]."""
     reference: Tensor | None
-    """h_ref [D, H]; None where the target has a shift, since W·h_ref is W·h_T less W·d then."""
+    """h_ref [D, H]; None if the target has a shift, since then W·h_ref = W·h_T - W·d."""
 
 
 class ChunkProducts(NamedTuple):
-    """Products of one chunk's tokens, in the dtype of the statistics; overwritten by the next chunk's."""
+    """Products of one chunk's tokens, in the dtype of the statistics; overwritten by the next chunk."""
 
     student: Tensor
     """W_s·h [C, V]."""
@@ -69,7 +69,7 @@ class ChunkProducts(NamedTuple):
     shift: Tensor | None
     """W·d [C, V]."""
     sampled_privileged: Tensor | None
-    """W·h_T [D, V]; D of the chunk's tokens."""
+    """W·h_T [D, V] of the chunk's sampled tokens."""
     sampled_reference: Tensor | None
     """W·h_ref [D, V]."""
 
@@ -77,9 +77,9 @@ class ChunkProducts(NamedTuple):
 class Products:
     """The products of one chunk of tokens at a time.
 
-    Where student and frozen branches share one matrix, a chunk takes a single product of their stacked states;
-    otherwise one for each vector; the sampled states are part of the last one. All have the same precision and, for
-    equal states, the same bits, so the loss is exactly 0 where the student is the target.
+    If student and frozen branches share one matrix, a chunk needs a single product of their stacked states; otherwise
+    one per vector, and the sampled states are part of the last one. All products have the same precision and, for equal
+    states, the same bits, so the loss is exactly 0 if the student equals the target.
 
     Memory: one [C, V] buffer for each vector and at most one for each of the sampled states.
     """
@@ -100,11 +100,11 @@ class Products:
         Args:
             student_NH: states of all tokens.
             student_VH: shard of the live matrix, without padding.
-            vectors: of the target, of all tokens; at least one.
+            vectors: vectors of the target for all tokens; at least one is not None.
             teacher_VH: shard of the frozen matrix, without padding.
-            sampled: further states of the sampled tokens.
-            chunk_tokens: most tokens of a chunk.
-            sampled_tokens: most sampled tokens of a chunk.
+            sampled: additional states of the sampled tokens.
+            chunk_tokens: maximum number of tokens of a chunk.
+            sampled_tokens: maximum number of sampled tokens of a chunk.
         """
         self._student, self._student_weight = student_NH, student_VH
         self._vectors, self._teacher_weight = vectors, teacher_VH
@@ -114,11 +114,11 @@ class Products:
         rows = (1 + len(self._frozen)) * _aligned(chunk_tokens) + len(self._sampled) * _aligned(sampled_tokens)
         dtype = statistics_dtype(student_VH)
         self._products = student_NH.new_empty(rows, student_VH.shape[0], dtype=dtype)
-        # Zeros, since rows between the parts go through the product too.
+        # Zeros, since the product includes the rows between the parts.
         self._states = student_NH.new_zeros(rows, student_NH.shape[1], dtype=teacher_VH.dtype)
 
     def __call__(self, chunk: slice, sampled: slice) -> ChunkProducts:
-        """The products of tokens `chunk`, and of entries `sampled` of the sampled states."""
+        """The products of the tokens in `chunk`, and of the entries in `sampled` of the sampled states."""
         tokens, width = _length(chunk), _aligned(_length(chunk))
         frozen = [slice((1 + i) * width, (1 + i) * width + tokens) for i in range(len(self._frozen))]
         for rows, states in zip(frozen, self._frozen, strict=True):
@@ -149,7 +149,7 @@ class Products:
         )
 
     def rounded_shift(self, tokens: int) -> Tensor:
-        """The shift as it entered the last chunk's product: [C, H]."""
+        """The shift [C, H], rounded as in the last chunk's product."""
         start = len(self._frozen) * _aligned(tokens)
         return self._states[start : start + tokens]
 

@@ -1,13 +1,13 @@
-"""Declarations of what is measured at each token beside the loss. Metrics, loggers, report and diagnosis read them.
+"""Declarations of per-token statistics other than the loss. Metrics, loggers, report and diagnosis use them.
 
-Token statistics compare the student p = π_θ with the target q = P on every response token, whichever divergence is the
-loss. Signal statistics decompose the teacher's signal (eq. 4) on a sample of tokens:
+Token statistics compare the student p = π_θ with the target q = P on every response token, for every divergence.
+Signal statistics decompose the teacher's signal (eq. 4) on a sample of tokens:
 
     Δ_total = log π_T − log π_θ = Δ_ref + Δ_it
     Δ_ref   = log π_ref − log π_θ      reference-induced, not transferable
     Δ_it    = log π_T − log π_ref      question-conditioned, transferable
 
-This module needs no torch: formulas use the methods of the tensors that they get.
+This module does not import torch: formulas use the methods of the tensors that they receive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class VocabStats(NamedTuple):
     z_t: Tensor
     """Z_t."""
     mean_difference: Tensor
-    """Σ p·(t less s), each less its maximum."""
+    """Σ p·(t - s), where t and s have their maximum subtracted."""
     forward_kl: Tensor
     reverse_kl: Tensor
     student_entropy: Tensor
@@ -55,38 +55,38 @@ class SignalProducts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """Declaration of a figure per token; what is logged is its mean over tokens."""
+    """Declaration of a per-token statistic. Its mean over tokens is logged."""
 
     name: str
-    """Name in metrics (`train/NAME`), records of a diagnosis and code."""
+    """Name in metrics (`train/NAME`), in records of a diagnosis and in code."""
     symbol: str
-    """The title of its plots and columns."""
+    """Title of plots and columns."""
     unit: str
     """Unit, or "" for a pure number."""
     meaning: str
-    """Meaning of the statistic, or how to read it."""
+    """What it measures, or how to interpret it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStatistic(Statistic):
-    """A figure of student and target at one token, measured on every response token."""
+    """A statistic of student and target at one token, measured on every response token."""
 
     definition: Callable[[Tensor, Tensor], Tensor]
-    """Maps log p and log q [N, v] to the terms [N, v] whose sum over the full vocabulary is the figure."""
+    """Maps log p and log q [N, v] to the terms [N, v] whose sum over the full vocabulary is the statistic."""
     closed_form: Callable[[VocabStats], Tensor]
-    """The same figure [N] from values that the loss has already computed."""
+    """Computes the statistic [N] from results of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalStatistic(Statistic):
-    """A figure of the decomposed signal at one token, measured on a sample of tokens."""
+    """A statistic of the decomposed signal at one token, measured on a sample of tokens."""
 
     formula: Callable[[SignalProducts], Tensor]
-    """Maps norms and products [D] to the figure [D]; NaN if it is not defined, so that means omit it."""
+    """Maps norms and products [D] to the statistic [D]; NaN where it is undefined; these tokens are excluded."""
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, NaN where the denominator is exactly 0 (student and teacher agree)."""
+    """The quotient; NaN if the denominator is exactly 0 (student and teacher agree)."""
     return numerator / denominator.where(denominator != 0, math.nan)
 
 
@@ -95,7 +95,7 @@ TOKEN_STATISTICS: tuple[TokenStatistic, ...] = (
         name="forward_kl",
         symbol="KL(target ‖ student)",
         unit="nats per token",
-        meaning="how far the target asks the student to go",
+        meaning="how far the target is from the student",
         definition=lambda log_p, log_q: log_q.exp() * (log_q - log_p),
         closed_form=lambda stats: stats.forward_kl,
     ),
@@ -157,7 +157,7 @@ class StatisticValues:
     """Values of declared statistics for the same tokens, detached."""
 
     declared: Sequence[Statistic]
-    """Declarations of the statistics, in the order of the values."""
+    """Their declarations, in the order of the values."""
     values: Tensor
     """[len(declared), N]."""
 

@@ -14,10 +14,10 @@ class HiddenPair(NamedTuple):
     """The vectors of size H that determine the target of each token; see `hidden_pair`."""
 
     anchor: Tensor | None
-    """[N, H], or None where the target has no linear part."""
+    """Linear part [N, H]; None if the target has none."""
 
     shift: Tensor | None
-    """h_T less h_ref, [N, H] in fp32 (float64 for float64), or None where the target has no cap."""
+    """h_T - h_ref [N, H] in fp32 (float64 for float64 inputs); None if the target has no cap."""
 
 
 def hidden_pair(
@@ -34,13 +34,13 @@ def hidden_pair(
         with a cap:  log P = W·(a_0·h_0) + a_T·c·tanh((W·d − w̄·d)/c) + const,  d = h_T − h_ref
         without:     log P = W·(a_0·h_0 + a_T·h_T + a_R·h_ref) + const;  for Purified OPSD h_0 + d/β: one vector
 
-    (a_S·log π_θ is added by the loss.) Sums are formed in fp32, float64 for float64 inputs: to round the sum once is
-    more exact than to subtract rounded logits. No collective; a vector with coefficient 1 is passed through uncopied.
+    The loss adds a_S·log π_θ. Sums are computed in fp32 (float64 for float64 inputs): rounding the sum once is more
+    accurate than subtracting rounded logits. No collective. A vector with coefficient 1 is returned without a copy.
 
     Args:
-        target: whose vectors.
-        base: h_0 [N, H], final hidden state after the last norm; not needed where its coefficient is 0, as the two
-            below.
+        target: target whose vectors are computed.
+        base: h_0 [N, H], final hidden state after the last norm. This and the following may be None if their
+            coefficient is 0.
         privileged: h_T [N, H].
         reference: h_ref [N, H].
 
@@ -58,7 +58,7 @@ def hidden_pair(
         anchor += [] if h_teacher is None else [(target.privileged, h_teacher)]
         anchor += [] if h_reference is None else [(target.reference, h_reference)]
         return HiddenPair(_sum(anchor), None)
-    # Formed first, also where it joins the anchor: equal teachers then leave the base exactly as it is.
+    # Computed first, even if it is added to the anchor, so that equal teachers leave the base exactly unchanged.
     assert h_teacher is not None
     assert h_reference is not None
     shift = _sum([(1.0, h_teacher), (-1.0, h_reference)])
@@ -69,7 +69,7 @@ def hidden_pair(
 
 
 def _needed(name: str, coefficient: float, hidden: Tensor | None, target: Target) -> Tensor | None:
-    """The states of a branch, detached; None where its coefficient is 0."""
+    """The states of a branch, detached; None if its coefficient is 0."""
     if coefficient == 0:
         return None
     if hidden is None:

@@ -1,4 +1,4 @@
-"""Target families: the coefficients of each target distribution, and what follows from them.
+"""Target families: the coefficients of each target distribution and properties derived from them.
 
     log P = a_S·sg[log π_θ] + a_0·log π_0 + a_T·log π_T + a_R·log π_ref − log Z
 
@@ -10,11 +10,11 @@ gradient. With a `cap` c, the pair (π_T, π_ref) enters centred and bounded (Pu
     Δ̃  = c·tanh(Δ̄ / c)                            (eq. 15)
     P  = softmax(log π_0 + Δ̃ / β)                 (eq. 16, 17): a_0 = 1, a_T = 1/β, a_R = −1/β
 
-The equations are the paper's; the family by coefficients is ours.
+The equations are the paper's; the parametrisation by coefficients is ours.
 
-This module needs no torch. The loss, the frozen branches, the planner and the diagnosis read the coefficients of a
-`Target` and the properties derived from them; none of them depends on the name of a family. A new family is an entry of
-`FAMILIES`, and a setting in `distillation/config.py` where it has a parameter of its own.
+This module does not import torch. The loss, the frozen branches, the planner and the diagnosis read the coefficients of
+a `Target` and the properties derived from them; none of them depends on the name of a family. A new family needs an
+entry in `FAMILIES`, and a setting in `distillation/config.py` for each parameter of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Target:
     The class methods are the published targets.
 
     Raises:
-        UserError: a value is not finite, only the student has a coefficient, or a cap comes with
+        UserError: a value is not finite, only the student has a nonzero coefficient, or a cap is set with
             reference ≠ −privileged (the tanh applies to the difference of the two).
     """
 
@@ -58,7 +58,7 @@ class Target:
     reference: float = 0.0
     """a_R, the weight of the second context's log-probabilities."""
     cap: float | None = None
-    """c of eq. 15. None leaves centring and tanh out (centring alone changes nothing: it is constant per token)."""
+    """c of eq. 15. None omits centring and tanh (centring alone has no effect: it is constant per token)."""
     temperature: float = 1.0
     """Divides the logits of all four distributions before the softmax; not the sampling temperature of rollouts."""
 
@@ -72,13 +72,11 @@ class Target:
         if self.cap is not None:
             _require_positive("cap", self.cap)
             if self.reference != -self.privileged:
-                raise _refuse(
-                    "reference", self.reference, f"reference=-privileged={-self.privileged!r} where cap is set"
-                )
+                raise _refuse("reference", self.reference, f"reference=-privileged={-self.privileged!r} if cap is set")
 
     @classmethod
     def purified(cls, beta: float = 1.0, cap: float | None = 10.0, temperature: float = 1.0) -> Target:
-        """Purified OPSD (2607.02234): P = softmax(log π_0 + Δ̃/β). A larger beta moves P less from the base."""
+        """Purified OPSD (2607.02234): P = softmax(log π_0 + Δ̃/β). A larger beta keeps P closer to the base."""
         _require_positive("beta", beta)
         return cls(base=1.0, privileged=1.0 / beta, reference=-1.0 / beta, cap=cap, temperature=temperature)
 
@@ -106,12 +104,12 @@ class Target:
 
     @classmethod
     def live_student_pmi(cls, beta: float = 1.0, cap: float | None = 10.0, temperature: float = 1.0) -> Target:
-        """The ablation of Purified OPSD whose anchor is the moving student instead of the frozen base."""
+        """The ablation of Purified OPSD that anchors on the live student instead of the frozen base."""
         _require_positive("beta", beta)
         return cls(student=1.0, privileged=1.0 / beta, reference=-1.0 / beta, cap=cap, temperature=temperature)
 
     def frozen_branches(self, *, diagnosed: bool = False) -> tuple[str, ...]:
-        """The frozen branches that must run, in order; diagnosed tokens need both teachers."""
+        """The frozen branches that the target needs, in order; diagnosed tokens need both teachers."""
         needed = {
             "base": self.base != 0,
             "privileged": self.privileged != 0 or diagnosed,
@@ -121,12 +119,12 @@ class Target:
 
     @property
     def has_difference(self) -> bool:
-        """Whether T and ref enter through their difference alone, which is then formed first."""
+        """Whether T and ref enter only through their difference, which is then computed first."""
         return self.privileged != 0 and self.reference == -self.privileged
 
     @property
     def uses_shift(self) -> bool:
-        """Whether the loss needs the shift vector d = h_T − h_ref; without a tanh the shift is part of the anchor."""
+        """Whether the loss needs the shift vector d = h_T − h_ref; without a cap the shift is part of the anchor."""
         return self.cap is not None and self.privileged != 0
 
     @property
@@ -136,32 +134,32 @@ class Target:
 
     @property
     def vectors(self) -> int:
-        """Vectors of the hidden size that determine the target of a token: anchor, shift, or both."""
+        """Number of vectors of the hidden size that determine the target of a token (anchor, shift, or both)."""
         return int(self.uses_anchor) + int(self.uses_shift)
 
     @property
     def sums_anchor(self) -> bool:
-        """Whether the anchor is a new fp32 vector instead of the states of one branch."""
+        """Whether the anchor is a new fp32 vector rather than the states of one branch."""
         return self.uses_anchor and self._anchor_coefficients != (1.0,)
 
     @property
     def summed_bytes(self) -> int:
-        """Bytes per hidden element and token that the target's vectors take beside the branches' own states."""
+        """Bytes per hidden element and token of the target's vectors, excluding the states of the branches."""
         return _FP32_BYTES * (int(self.sums_anchor) + int(self.uses_shift))
 
     def vector_bytes(self, element: int) -> int:
-        """Bytes per hidden element and token of the target's vectors, in a model of `element` bytes per element."""
+        """Bytes per hidden element and token of the target's vectors, for a model with `element` bytes per element."""
         return self.summed_bytes + (element if self.uses_anchor and not self.sums_anchor else 0)
 
     @property
     def _anchor_coefficients(self) -> tuple[float, ...]:
-        """Coefficients other than 0 of the branches that the anchor is the sum of."""
+        """Nonzero coefficients of the branches that are summed in the anchor."""
         terms = (self.base,) if self.uses_shift else (self.base, self.privileged, self.reference)
         return tuple(coefficient for coefficient in terms if coefficient != 0)
 
 
 class TargetSettings(Protocol):
-    """What a family reads of the section `distillation.target`, `nemo_popsd.distillation.config.TargetConfig`."""
+    """Settings of `distillation.target` that families read; see `nemo_popsd.distillation.config.TargetConfig`."""
 
     family: str
     beta: float
@@ -173,22 +171,22 @@ class TargetSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A name of `distillation.target.family`: which target it is, by its settings, and which contexts it needs."""
+    """A value of `distillation.target.family`: its target as a function of the settings, and its contexts."""
 
     summary: str
-    """Meaning and publication of the family, in one line."""
+    """Description and publication, in one line."""
     target: Callable[[TargetSettings], Target]
-    """The coefficients that the settings give."""
+    """Returns the target for given settings."""
     settings: tuple[str, ...] = ()
-    """Fields of `TargetSettings` that `target` reads, beside `temperature`."""
+    """Fields of `TargetSettings` that `target` reads, in addition to `temperature`."""
     borrowed: str = ""
     """The context that holds another row's reference: "privileged", "reference", or "" for none."""
     view: str | None = None
-    """What the teachers see (`data.privileged.view`) where the family determines it."""
+    """Value of `data.privileged.view` that the family prescribes; None if it prescribes none."""
     same_prefix: bool = False
-    """Whether all contexts need the same assistant prefix, thinking or not: the difference of the teachers is added to
-    the student's context token by token, and a thought that one prompt closes and another does not would count as an
-    effect of the question."""
+    """Whether all contexts need the same assistant prefix, with or without thinking. The difference of the teachers is
+    added to the student token by token; if only one prompt closed its thinking block, the effect of that would be
+    attributed to the question."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -234,5 +232,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def build_target(config: TargetSettings) -> Target:
-    """The target that `config` names."""
+    """The target that `config` specifies."""
     return FAMILIES[config.family].target(config)

@@ -1,8 +1,7 @@
 """The student's log-probability of each response token at temperature 1, from the logits of the loss.
 
-The trainer compares it with what the rollout engine reported for the same token. The loss divides logits by the
-temperature of the target; where that is 1 the normaliser is the one that the loss has already, and nothing of the size
-of the logits is read a second time.
+The trainer compares it with the rollout engine's log-probability of the same token. The loss divides logits by the
+temperature of the target. If that is 1, the loss's normaliser is reused, and the logits are not read a second time.
 
 Legend: C tokens of the chunk, V true vocabulary entries of this rank, P ranks, K 1 or 2.
 """
@@ -16,16 +15,16 @@ from nemo_popsd.parallel.vocabulary import VocabShard
 
 
 def token_stats(s_CV: Tensor, ids_C: Tensor, shard: VocabShard, *, own_normaliser: bool, tile_tokens: int) -> Tensor:
-    """The logit of each token on this shard, −∞ on the others, and log Σ exp of this shard's logits: [K, C].
+    """The logit of each token (−∞ if another shard holds it), and optionally log Σ exp of this shard's logits: [K, C].
 
     No collective; the result joins the first all-gather of the chunk.
 
     Args:
-        s_CV: W_s·h, before the temperature and before the loss overwrites it.
+        s_CV: W_s·h, before the division by the temperature and before the loss overwrites it.
         ids_C: vocabulary ids of the tokens.
-        shard: which entries the columns are.
-        own_normaliser: whether the normaliser of the loss has another temperature, so that the second row is needed.
-        tile_tokens: tokens whose exponentials exist at one time for it.
+        shard: vocabulary entries of the columns.
+        own_normaliser: whether to compute log Σ exp, because the normaliser of the loss has a different temperature.
+        tile_tokens: number of tokens whose exponentials exist at the same time for it.
     """
     local_C = ids_C - shard.offset
     is_here_C = (local_C >= 0) & (local_C < shard.true_width)
@@ -48,8 +47,8 @@ def merge_token_stats(token_stats_PKC: Tensor, log_normaliser_C: Tensor) -> Tens
     """Log-probabilities [C] from `token_stats` of all shards.
 
     Args:
-        token_stats_PKC: as gathered.
-        log_normaliser_C: of the loss; used where `token_stats` has no normaliser of its own.
+        token_stats_PKC: gathered `token_stats`.
+        log_normaliser_C: log-normaliser of the loss; used if `token_stats` does not include one.
     """
     if token_stats_PKC.shape[1] == 2:
         log_normaliser_C = token_stats_PKC[:, 1].logsumexp(0)

@@ -1,1 +1,1 @@
-"""The small model and the problem sets that ship with the package, under the names that configurations use."""
+"""The small model and the problem sets that are part of the package, by their names in configurations."""

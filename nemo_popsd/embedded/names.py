@@ -1,4 +1,4 @@
-"""Paths of the files that ship with the project, under the names that configurations use."""
+"""Paths of the files that are part of the package, by their names in configurations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def asset(name: str) -> Path:
             `nemo_popsd:tiny_validation` (JSONL with `id`, `question`, `reference`, `answer`).
 
     Raises:
-        UserError: for any other name.
+        UserError: the name is unknown.
     """
     path = _ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if path is None:

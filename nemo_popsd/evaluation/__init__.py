@@ -1,1 +1,1 @@
-"""The text side of evaluation: final answers, epistemic markers, and summaries over problems."""
+"""Evaluation of generated text: final answers, epistemic markers, and summaries over problems."""

@@ -1,12 +1,12 @@
 r"""Extraction of the final answer from a response, by the first rule that applies:
 
 1. with a pattern: the group of its last match;
-2. else the last `\boxed{...}` with balanced braces that is not empty. `\{` and `\}` are text and do not count as
-   braces. A box that is open because the response was truncated is skipped, and so is an empty one, which occurs when
-   the response quotes its instructions;
-3. else, only with `last_number=True`, the last number in the text.
+2. otherwise the last `\boxed{...}` with balanced braces that is not empty. `\{` and `\}` are text and do not count as
+   braces. Unclosed boxes of truncated responses are skipped, and so are empty boxes, which occur when a response quotes
+   its instructions;
+3. otherwise, only with `last_number=True`, the last number in the text.
 
-The thinking is searched too: a response that was truncated before it closed its thinking may contain an answer.
+The search includes the thinking, since a response that was truncated inside its thinking may contain an answer there.
 `algebra` and `equivalence` compare answers.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import re
 
-# The tokens that determine the balance: the opening of a box, an escaped character, a brace.
+# The tokens that affect the balance: the start of a box, an escaped character, a brace.
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?!\w)")
 
 
 def extract_answer(text: str, pattern: str | None = None, *, last_number: bool = False) -> str | None:
-    r"""The final answer in a response, stripped; None if there is none. The module lists the rules.
+    r"""The final answer in a response, stripped; None if there is none. See the module for the rules.
 
     Args:
         text: decoded response.
@@ -42,7 +42,7 @@ def extract_answer(text: str, pattern: str | None = None, *, last_number: bool =
 
 
 def _last_box(text: str) -> str | None:
-    """Content of the box that opens last among those that are closed and not blank, in one pass over `text`."""
+    """Content of the last closed and nonblank box, by opening position. One pass over `text`."""
     best_start, best = -1, None
     open_braces: list[tuple[int, bool]] = []
     for token in _BRACES.finditer(text):

@@ -3,8 +3,8 @@ r"""Properties of the reasoning in a response's text: reflection segments, close
 - A *sentence* ends at a full stop, question or exclamation mark before white space, at "..." or "…", or at a line
   break. A *reflection segment* is a maximal run of consecutive sentences that each contain a marker: "Wait. Maybe 7?
   No, it is 8. Hmm." has two, "Wait. Maybe 7?" and "Hmm.".
-- Thinking is *closed* if the text contains the closing tag, `</think>`, with or without the opening one, which many
-  chat templates put into the prompt.
+- Thinking is *closed* if the text contains the closing tag, `</think>`. The opening tag is not required: many chat
+  templates put it into the prompt.
 - *Words* are runs of letters and digits, single other visible characters, and single Chinese or Japanese characters.
   The *repeated share* is the share of a response's sequences of 16 words that occurred earlier in it; 0 for fewer than
   17 words. A response *ends in a loop* if its last words, at least 64, are one sequence repeated at least four times.
@@ -20,7 +20,7 @@ from nemo_popsd.evaluation.markers import count_markers
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+")
 _WORD = re.compile(r"[぀-ヿ一-鿿]|[^\W぀-ヿ一-鿿]+|[^\w\s]")
 REPEATED_WORDS = 16
-"""Length in words of the compared sequences; long enough to exclude the common phrases of careful reasoning."""
+"""Length of the compared sequences in words; long enough to exclude common phrases of careful reasoning."""
 LOOP_WORDS, LOOP_TURNS, _LONGEST_TURN = 64, 4, 1024
 
 

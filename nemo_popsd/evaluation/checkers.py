@@ -1,7 +1,7 @@
-"""Answer checkers of the user: functions that an installed package registers by name.
+"""User-defined answer checkers: functions that installed packages register by name.
 
 A package registers a checker as an entry point of the group `nemo_popsd.answer_checkers`, and `evaluation.checker`
-names it. It replaces the rules of `nemo_popsd.evaluation.equivalence`.
+selects it. It replaces the rules of `nemo_popsd.evaluation.equivalence`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GROUP = "nemo_popsd.answer_checkers"
 class AnswerChecker(Protocol):
     """Decides whether two answers are the same.
 
-    It is also called with two answers of the model, to count votes, and should be symmetric and deterministic. It has
+    To count votes, it is also called with two answers of the model. It should be symmetric and deterministic. There is
     no time limit.
     """
 
@@ -39,15 +39,15 @@ def load_checker(name: str) -> AnswerChecker:
     except Exception as error:  # code of the user
         raise _refused(name, f"{entry.value}, which cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(checker):
-        raise _refused(name, f"{entry.value}, which is no function")
+        raise _refused(name, f"{entry.value}, which is not a function")
     return cast(AnswerChecker, checker)
 
 
 def checker_version(name: str) -> str:
-    """Distribution and version of the checker `name`, as scores record it.
+    """Distribution and version of the checker `name`, to record with the scores.
 
     Raises:
-        UserError: as `load_checker`.
+        UserError: as for `load_checker`.
     """
     distribution = _entry(name).dist
     return "" if distribution is None else f"{distribution.name} {distribution.version}"
@@ -57,7 +57,7 @@ def checked(checker: AnswerChecker, name: str, answer: str, expected: str) -> bo
     """The decision of `checker`.
 
     Raises:
-        UserError: it raises an error or returns something else than a truth value.
+        UserError: it raises an error or does not return a bool.
     """
     try:
         same = checker(answer, expected)

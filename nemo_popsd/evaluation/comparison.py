@@ -35,12 +35,12 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One concluded evaluation of one problem set."""
+    """A concluded evaluation of one problem set."""
 
     summary: EvaluationSummary
     scores: tuple[SampleScore, ...]
     checker: str = ""
-    """Name of the answer checker that scored them; empty for the rules of this package."""
+    """Name of the answer checker that scored the samples; empty for the rules of this package."""
 
     @classmethod
     def of(cls, scores: Sequence[SampleScore], config: EvaluationConfig) -> Evaluation:
@@ -49,7 +49,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, directory: EvaluationDirectory) -> Evaluation:
-        """Reads what `EvaluationDirectory.conclude` wrote; samples scored by other comparison rules are scored again.
+        """Reads a concluded evaluation; scores samples again if other comparison rules scored them.
 
         Raises:
             UserError: the evaluation has not been concluded, or samples that must be scored again are missing.
@@ -68,18 +68,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Change:
-    """The difference of a statistic between two evaluations, over the problems that both have."""
+    """The difference of a statistic between two evaluations, over their common problems."""
 
     difference: float
     interval: Interval
-    """Paired bootstrap interval: both are resampled with the same problems."""
+    """Paired bootstrap interval: both evaluations are resampled with the same problems."""
 
 
 def changes_between(before: Evaluation, after: Evaluation, *, resamples: int) -> dict[str, Change]:
-    """`after` − `before` for each statistic that both have, over the problems that both have.
+    """`after` − `before` for each common statistic, over the common problems.
 
     Raises:
-        UserError: they have no problem in common.
+        UserError: there is no common problem.
     """
     old, new = _paired(before, after)
     between = changes(old, new, resamples=resamples, confidence=before.summary.confidence, seed=RESAMPLING_SEED)
@@ -90,7 +90,7 @@ def comparison_table(evaluations: Mapping[str, Evaluation], *, resamples: int) -
     """Plain-text table: a column per evaluation, and a column for the change of each relative to the first.
 
     Accuracies and shares are in per cent, their changes in points; intervals are in brackets. Changes are over the
-    problems that both evaluations have; if these are not all problems, a line below states their number.
+    common problems of both evaluations; if these are not all problems, a line below states their number.
     """
     columns = list(evaluations.values())
     first, *others = columns
@@ -126,17 +126,17 @@ class Average:
     interval: Interval
     """Bootstrap interval over problems; sets are resampled independently of each other."""
     change: Change | None
-    """Change relative to the base, over the problems that both have; None without a base."""
+    """Change relative to the base, over the common problems; None without a base."""
 
 
 def average(name: str, sets: Sequence[Evaluation], base: Sequence[Evaluation] | None, *, resamples: int) -> Average:
     """A statistic of one model averaged over sets with equal weights, as the paper reports the accuracy.
 
     Args:
-        name: of the statistic, as in `EvaluationSummary`.
-        sets: the model's evaluations, one for each set.
-        base: those that it is compared with, for the same sets in the same order.
-        resamples: of each set.
+        name: name of the statistic in `EvaluationSummary`.
+        sets: evaluations of the model, one per set.
+        base: evaluations to compare with, for the same sets in the same order.
+        resamples: number of resamples of each set.
 
     Raises:
         UserError: the evaluations of a set have no problem in common, or were scored by different checkers.
@@ -151,12 +151,12 @@ def average(name: str, sets: Sequence[Evaluation], base: Sequence[Evaluation] | 
 
 
 def average_over_sets(sets: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
-    """Accuracy averaged over sets, see `average`, as lines of text.
+    """Accuracy averaged over sets (see `average`), as lines of text.
 
     Args:
-        sets: by set, then by model; every set has the same models. With several models, the change relative to the
-            first is included.
-        resamples: of each set.
+        sets: evaluations by set, then by model; every set has the same models. With several models, the text includes
+            the change relative to the first one.
+        resamples: number of resamples of each set.
     """
     models = list(next(iter(sets.values())))
     by_model = {model: [by_name[model] for by_name in sets.values()] for model in models}
@@ -177,7 +177,7 @@ def read_evaluations(path: str | Path) -> dict[str, Evaluation]:
     """The evaluations in `path` by set: the directory of one evaluation, or of a model with one for each set.
 
     Raises:
-        UserError: `path` holds no concluded evaluation.
+        UserError: `path` contains no concluded evaluation.
     """
     directory = Path(path)
     sets = sorted(summary.parent for summary in directory.glob("*/summary.json"))
@@ -191,12 +191,12 @@ def compare_directories(paths: Sequence[str], *, resamples: int, base: str | Non
 
     Args:
         paths: directories of evaluations.
-        resamples: of each interval.
-        base: the evaluation that the others are compared with, by its name in the tables, its last part or its path;
-            None means the first.
+        resamples: number of resamples for each interval.
+        base: the evaluation with which the others are compared: its name in the tables, the last part of the name, or
+            its path. None means the first.
 
     Raises:
-        UserError: a path holds no concluded evaluation, they have no set in common, or `base` is not one of them.
+        UserError: a path contains no concluded evaluation, there is no common set, or `base` is not one of the paths.
     """
     names = {path: _short(path, paths) for path in paths}
     read = {path: read_evaluations(path) for path in paths}
@@ -221,7 +221,7 @@ def compare_directories(paths: Sequence[str], *, resamples: int, base: str | Non
 
 
 def tables_of_sets(by_set: Mapping[str, Mapping[str, Evaluation]], *, resamples: int) -> str:
-    """A table for each set under its name, and with several sets their average."""
+    """A table for each set under its name, and the average if there are several sets."""
     parts = [f"{name}\n{comparison_table(models, resamples=resamples)}" for name, models in by_set.items()]
     if len(by_set) > 1:
         parts.append(average_over_sets(by_set, resamples=resamples))
@@ -239,10 +239,10 @@ def _short(path: str, paths: Sequence[str]) -> str:
 
 
 def _chosen(base: str, names: Mapping[str, str]) -> str:
-    """The path that `base` names.
+    """The path that `base` refers to.
 
     Raises:
-        UserError: it names none or several.
+        UserError: no path matches, or several do.
     """
     wanted = Path(base).absolute()
     matches = [path for path, name in names.items() if base == name or wanted == Path(path).absolute()]
@@ -262,7 +262,7 @@ def _paired(before: Evaluation, after: Evaluation) -> tuple[dict[str, Ratio], di
         raise UserError(
             "comparison",
             got=f"scores by evaluation.checker={before.checker!r} and by {after.checker!r}",
-            need="scores by one checker",
+            need="scores by the same checker",
             fix="run `popsd evaluate` again for one of them, with the checker of the other",
         )
     common = _problems(before) & _problems(after)

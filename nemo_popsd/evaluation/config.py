@@ -20,8 +20,8 @@ _SET_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 class EndpointConfig:
     """An OpenAI-compatible server, such as `vllm serve`, used through its completions API.
 
-    `student.source` still names the model's directory, from which only tokenizer and chat template are read. A key
-    belongs in an environment variable, not in the configuration.
+    `student.source` must still be the model's directory; only its tokenizer and chat template are read. Put a key into
+    an environment variable, not into the configuration.
     """
 
     url: str = ""
@@ -29,9 +29,9 @@ class EndpointConfig:
     model: str = ""
     """Name of the model on the server; empty uses the only model that the server lists."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key; without it, none is sent."""
+    """Environment variable with the key; if it is not set, no key is sent."""
     prompts: str = "token_ids"
-    """`token_ids`, or `text` for servers that do not accept ids. Both are the rendered chat template."""
+    """`token_ids`, or `text` for servers that do not accept ids. Both send the rendered chat template."""
     dialect: str = "vllm"
     """`vllm` also sends vLLM's own parameters, which override the sampling defaults of the served model; `openai` sends
     only the standard parameters, and the server's defaults apply to the others."""
@@ -65,39 +65,39 @@ class EvaluationConfig:
     """
 
     sets: Annotated[dict[str, str], Text.PATH] = field(default_factory=dict)
-    """Problem sets for `popsd evaluate`, each evaluated in a directory of its own. A list names published sets: aime24,
-    aime25, hmmt25, math500, gsm8k. A mapping `{NAME: PATH}` names files of the user, too; an empty path is a published
+    """Problem sets for `popsd evaluate`, each evaluated in its own directory. A list names published sets: aime24,
+    aime25, hmmt25, math500, gsm8k. A mapping `{NAME: PATH}` adds your own files; an empty path refers to a published
     set. Empty means `data.validation`."""
     sets_directory: Annotated[str, Text.PATH] = ""
-    """Directory with files of named sets, such as `aime24.jsonl` or `.parquet`; then the caches of `datasets` are
-    searched."""
+    """Directory with files of named sets, such as `aime24.jsonl` or `aime24.parquet`. The caches of `datasets` are
+    searched next."""
     problems: Annotated[int | None, Bounds(1, 10**9)] = None
     """Evaluate only the first `problems` rows of a set; null means all."""
     samples_per_problem: Annotated[int, Bounds(1, 10**5)] = 1
-    """Responses per problem, the k of avg@k and majority@k. If it is raised later, only the missing ones are
+    """Responses per problem, the k of avg@k and majority@k. If you raise it later, only the missing responses are
     generated."""
     pass_k: Annotated[list[int], Bounds(1, 10**5)] = field(default_factory=list)
     """The k of pass@k; empty means 2, 4, 8, ... and `samples_per_problem`."""
     temperature: Annotated[float, Bounds(1e-3, 100, or_zero=True)] = 1.0
-    """Sampling temperature; 0 takes the most likely token."""
+    """Sampling temperature; 0 selects the most likely token."""
     top_p: Annotated[float, Bounds(1e-6, 1)] = 1.0
-    """Sample from the smallest set of tokens with at least this probability; 1 turns it off."""
+    """Sample from the smallest set of tokens with at least this probability; 1 disables it."""
     top_k: Annotated[int, Bounds(0, 10**6)] = 0
-    """Sample from this many most likely tokens; 0 turns it off."""
+    """Sample from this number of most likely tokens; 0 disables it."""
     max_response_tokens: Annotated[int, Bounds(1, 10**7)] = 38912
     """Maximum length of a response; longer ones are truncated and counted."""
     answer_pattern: str | None = None
     """Regular expression with one group; its last match in a response is the answer. Null uses the last
     `\\boxed{...}`."""
     without_box: str = "none"
-    """For responses in which that finds nothing: `none` means no answer, which is wrong; `last_number` uses the last
+    """For responses without a match: `none` means no answer, which counts as wrong; `last_number` uses the last
     number."""
     checker: Annotated[str, Text.LINE] = ""
-    """Name of an installed answer checker, an entry point of the group `nemo_popsd.answer_checkers`, that compares
-    answers instead of the rules of docs/evaluation.md; empty means these rules."""
+    """Name of an installed answer checker, an entry point of the group `nemo_popsd.answer_checkers`, that replaces the
+    rules of docs/evaluation.md; empty means these rules."""
     verify_seconds: Annotated[float, Bounds(0, 3600, above=True)] = 5.0
-    """Time limit for a comparison of two answers by math-verify, which compares answers that the rules of
-    docs/evaluation.md do not cover; an answer that exceeds it counts as wrong and undecided."""
+    """Time limit of one comparison by math-verify, which compares answers that the rules of docs/evaluation.md do not
+    cover. An answer that exceeds it counts as wrong and undecided."""
     markers: Annotated[list[str], Text.PROSE] = field(default_factory=lambda: list(DEFAULT_MARKERS))
     """Epistemic markers to count, as complete words, case-sensitive."""
     thinking_end: Annotated[str, Text.PROSE] = "</think>"

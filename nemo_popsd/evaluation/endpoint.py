@@ -47,7 +47,7 @@ class Endpoint:
 
     Attributes:
         model: name of the model on the server.
-        identity: that name and, if the server states it, the origin of the weights (vLLM: the directory).
+        identity: that name and, if the server reports it, the origin of the weights (vLLM: the directory).
     """
 
     def __init__(self, config: EndpointConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,12 +77,12 @@ class Endpoint:
     def generate(
         self, sample_requests: Sequence[SampleRequest], sampling: SamplingParams, *, seed: int
     ) -> Iterator[Sample]:
-        """Generates a sample for each of `sample_requests`, `concurrency` at a time, and yields it on arrival.
+        """Generates a sample for each of `sample_requests`, `concurrency` at a time, and yields each on arrival.
 
         Raises:
             UserError: the server refuses a request.
-            TransientError: the server answered at first and then keeps failing. In both cases, requests in progress are
-                completed and their samples are yielded first.
+            TransientError: the server has answered before but keeps failing. Both errors are raised after the requests
+                in progress have completed and their samples have been yielded.
         """
         left, taking, stop = iter(sample_requests), threading.Lock(), threading.Event()
         results: queue.SimpleQueue[Sample | Exception | None] = queue.SimpleQueue()
@@ -95,7 +95,7 @@ class Endpoint:
                     break
                 try:
                     results.put(self._sample(sample_request, sampling, seed))
-                except Exception as error:  # raised where `generate` was called
+                except Exception as error:  # raised again by `generate`
                     stop.set()
                     results.put(error)
             results.put(None)
@@ -166,7 +166,7 @@ class Endpoint:
         """The server's answer, after up to `retries` retries.
 
         Raises:
-            UserError: the server refused, or has never answered and failed `retries` + 1 times.
+            UserError: the server refused the request, or has never answered and failed `retries` + 1 times.
             TransientError: the server has answered before and failed `retries` + 1 times.
         """
         for attempt in range(self._config.retries + 1):

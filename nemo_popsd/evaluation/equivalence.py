@@ -1,11 +1,12 @@
-r"""Comparison of a predicted with an expected answer: by the rules of `algebra`, and by math-verify for other LaTeX.
+r"""Comparison of a predicted and an expected answer by the rules of `algebra`, and by math-verify for other LaTeX.
 
 1. A missing answer is wrong.
-2. `nemo_popsd.evaluation.algebra` decides all answers that it can parse, and all without LaTeX: numbers exactly,
-   expressions with 50 and 100 digits, lists, intervals, equations, units and words by the rules of docs/evaluation.md.
-3. An answer with a LaTeX command that these rules do not cover, such as an integral, goes to math-verify in a separate
-   process (`math_worker`), which accepts only answers that it has parsed to the end. A comparison that exceeds the time
-   limit or whose process dies counts as wrong and undecided; the next comparison gets a new process.
+2. `nemo_popsd.evaluation.algebra` decides all answers that it can parse, and all answers without LaTeX: numbers
+   exactly, expressions with 50 and 100 digits, lists, intervals, equations, units and words by the rules of
+   docs/evaluation.md.
+3. An answer with a LaTeX command that these rules do not cover, such as an integral, is compared by math-verify in a
+   separate process (`math_worker`), which accepts only answers that it has parsed completely. A comparison that exceeds
+   the time limit or whose process dies counts as wrong and undecided; the next comparison starts a new process.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from nemo_popsd.evaluation.checkers import checked, load_checker
 COMPARISON_RULES = 2
 """Version of the comparison rules; stored with the scores, since scores by different rules are not comparable.
 
-1: exact numbers, others by math-verify. 2: the rules of docs/evaluation.md.
+1: exact for numbers, math-verify for other answers. 2: the rules of docs/evaluation.md.
 """
 _WORKER = Path(__file__).with_name("math_worker.py")
 _START_SECONDS = 120.0
-"""Time limit of the worker's start, which imports sympy; does not count for the first comparison."""
+"""Time limit for the start of the worker, which imports sympy; not part of the limit of the first comparison."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Verdict:
 
 
 def require_math_verify() -> None:
-    """Refuse to start an evaluation without math-verify.
+    """Refuses to start an evaluation without math-verify.
 
     Raises:
         UserError: it is not installed.
@@ -67,21 +68,21 @@ def require_math_verify() -> None:
 
 
 class AnswerVerifier:
-    """Compares answers with one worker process, which is started when first needed, and caches the verdicts.
+    """Compares answers with one worker process, which starts when first needed, and caches the verdicts.
 
-    Use as a context manager, or `close` it; the worker ends when its parent does.
+    Use as a context manager, or call `close`; the worker ends when its parent does.
     """
 
     def __init__(self, seconds: float, checker: str = "") -> None:
-        """Starts no process.
+        """Stores the settings; does not start a process.
 
         Args:
-            seconds: limit of one comparison by math-verify.
-            checker: name of the checker that compares instead of the rules (`nemo_popsd.evaluation.checkers`); empty
-                means none.
+            seconds: time limit of one comparison by math-verify.
+            checker: name of the checker that replaces the rules (`nemo_popsd.evaluation.checkers`); empty means the
+                rules.
 
         Raises:
-            UserError: there is no such checker.
+            UserError: the checker does not exist.
         """
         self._seconds = seconds
         self._name = checker
@@ -99,7 +100,7 @@ class AnswerVerifier:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker, if it runs."""
+        """Ends the worker if it is running."""
         if self._worker is None:
             return
         self._worker.kill()
@@ -107,7 +108,7 @@ class AnswerVerifier:
         self._worker, self._unread = None, b""
 
     def compare(self, predicted: str | None, expected: str) -> Verdict:
-        """The verdict on `predicted`, by the rules of the module or by the checker.
+        """The verdict on `predicted`, by the rules of this module or by the checker.
 
         Raises:
             UserError: the checker fails.

@@ -38,9 +38,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     See Chen et al. 2021.
 
     Args:
-        samples: number n of responses.
-        correct: number c of correct ones.
-        k: at most n.
+        samples: number of responses n.
+        correct: number of correct responses c.
+        k: number of selected responses, at most n.
     """
     assert 0 <= correct <= samples
     assert 1 <= k <= samples
@@ -51,10 +51,10 @@ def majority_is_correct(votes: Sequence[int | None], correct: Sequence[bool]) ->
     """Whether the most frequent answer is correct: 1 or 0, or a value in between for a tie.
 
     Responses without an answer do not vote. Tied answers are equally likely to be selected, so the value is the share
-    of correct ones among them. Without any vote it is 0.
+    of correct answers among them. Without any vote it is 0.
 
     Args:
-        votes: of the responses to one problem; equal answers have the same number, None means no answer.
+        votes: votes of the responses to one problem; equal answers have the same number, None means no answer.
         correct: whether each answer is correct.
     """
     counts = Counter(vote for vote in votes if vote is not None)
@@ -67,12 +67,12 @@ def majority_is_correct(votes: Sequence[int | None], correct: Sequence[bool]) ->
 
 
 def resampled(figures: Sequence[Ratio], *, resamples: int, seed: int) -> NDArray[np.float64]:
-    """Each statistic for each resample of the problems, [R, statistics]; the same seed selects the same problems.
+    """Each statistic for each resample of the problems [R, statistics]. The same seed selects the same problems.
 
     Args:
         figures: statistics over the same P problems, in the same order.
-        resamples: R; the memory use is that of [R, P] doubles.
-        seed: of the resampling.
+        resamples: number of resamples R; memory use is that of [R, P] doubles.
+        seed: seed of the resampling.
     """
     numerators = np.array([figure.numerators for figure in figures], dtype=np.float64)
     denominators = np.array([figure.denominators for figure in figures], dtype=np.float64)
@@ -83,7 +83,7 @@ def resampled(figures: Sequence[Ratio], *, resamples: int, seed: int) -> NDArray
 
 
 def interval(values: NDArray[np.float64], confidence: float) -> Interval:
-    """Percentile interval that contains a share `confidence` of `values` [R]."""
+    """The percentile interval that contains the share `confidence` of `values` [R]."""
     low, high = np.percentile(values, [50.0 * (1.0 - confidence), 50.0 * (1.0 + confidence)])
     return float(low), float(high)
 
@@ -97,7 +97,7 @@ def intervals(figures: Mapping[str, Ratio], *, resamples: int, confidence: float
 def changes(
     before: Mapping[str, Ratio], after: Mapping[str, Ratio], *, resamples: int, confidence: float, seed: int
 ) -> dict[str, Interval]:
-    """The paired interval of after − before for each statistic that both have, over the same problems."""
+    """The paired interval of after − before for each common statistic, over the same problems."""
     names = [name for name in before if name in after]
     old, new = (resampled([side[name] for name in names], resamples=resamples, seed=seed) for side in (before, after))
     return {name: interval(new[:, column] - old[:, column], confidence) for column, name in enumerate(names)}

@@ -2,8 +2,8 @@
 
 The rules:
 
-- a marker matches complete words: no letter, digit or underscore may be adjacent to it, so "Checking" and "Check_1" do
-  not contain "Check", while "Wait," and "**Wait**" contain "Wait";
+- a marker matches only complete words, without an adjacent letter, digit or underscore: "Checking" and "Check_1" do not
+  contain "Check", while "Wait," and "**Wait**" contain "Wait";
 - matches are case-sensitive: the default markers start a thought ("Wait, ..."), whereas "wait" and "check" inside a
   sentence are ordinary verbs; to count a lower-case form, add it as another marker;
 - a space inside a marker matches any run of white space, including line breaks;
@@ -19,7 +19,7 @@ from functools import lru_cache
 PAPER_MARKERS = ("Wait", "Maybe", "Perhaps", "Check", "Let me think")
 """The markers of the paper."""
 DEFAULT_MARKERS = (*PAPER_MARKERS, "Hmm", "Alternatively")
-"""The markers of the paper, and two that other reasoning models use."""
+"""The markers of the paper, and two markers that other reasoning models use."""
 
 
 def count_markers(text: str, markers: Sequence[str] = DEFAULT_MARKERS) -> dict[str, int]:

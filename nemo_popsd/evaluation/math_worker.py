@@ -2,14 +2,15 @@
 
 In:  {"expected": "...", "predicted": "..."}      Out:  {"ready": true} once, then {"equal": true} per line.
 
-Symbolic algebra on a model's output may not terminate, may exhaust the memory or crash, so it runs in this process. The
-kernel ends the process when a comparison exceeds the limit by a second, so that it does not outlive a dead parent.
-Imports nothing of the package.
+Symbolic algebra on a model's output may not terminate, may exhaust the memory or may crash, so it runs in this process.
+The kernel ends the process when a comparison exceeds the limit by a second, so that it does not outlive a dead parent.
+This module does not import the package.
 
-math-verify alone accepts wrong answers: its parser stops at the first token that it cannot parse and keeps the rest, it
-drops units and the case of letters, it extracts numbers from any text, it rounds, and it treats values below 1e-15 as
-zero. Here an answer counts only if the grammar parses all of it as one expression without dropping or rounding
-anything, and if expressions that math-verify finds equal have the same value to 40 digits for given variables.
+math-verify by itself accepts wrong answers: its parser stops at the first token that it cannot parse and keeps the
+preceding part, it ignores units and the case of letters, it extracts numbers from any text, it rounds, and it treats
+values below 1e-15 as zero. Here an answer is accepted only if the grammar parses all of it as one expression without
+dropping or rounding, and if expressions that math-verify considers equal have the same value to 40 digits for given
+variables.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _DIGITS = 60
 def main(seconds: float) -> None:
     """Answers requests until standard input ends; `seconds` is the limit of one comparison."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # the output of a library must not be taken for an answer
+    os.dup2(2, 1)  # library output must not be mistaken for an answer
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
@@ -51,7 +52,7 @@ def main(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)  # without a handler, it ends the process
         try:
             verdict = equal(parse(pair["expected"]), parse(pair["predicted"]))
-        except Exception:  # the libraries raise various types; an answer that they cannot parse is not equal
+        except Exception:  # the libraries raise various types; an answer that cannot be parsed is not equal
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(equal=verdict)

@@ -1,4 +1,4 @@
-"""The problem sets of an evaluation and the location of their rows. Imports no torch."""
+"""The problem sets of an evaluation, and the sources of their rows. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sources_of(settings: EvaluationConfig, data: DataConfig) -> dict[str, Source
     """The sources of the problem sets, by name of the set.
 
     Raises:
-        UserError: a set is not on this machine, or its columns have other names than they should.
+        UserError: a set is not on this machine, or its columns have unexpected names.
     """
     if settings.sets:
         return {

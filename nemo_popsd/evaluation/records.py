@@ -1,24 +1,24 @@
 """The files of an evaluation: samples, scores and summary.
 
-    <output>/evaluation/<model>/<set>/     of `popsd evaluate`; <set> is a named set, or `validation`
-    <output>/validation/step-000040/       of a training run, before its first step (000000), between, and at its end
+    <output>/evaluation/<model>/<set>/     from `popsd evaluate`; <set> is a named set or `validation`
+    <output>/validation/step-000040/       from a training run: before the first step (000000), during, and at the end
 
 Each of these directories contains
 
-    settings.json         what the samples depend on: format, model, digest of its weights, engine, seed, sampling, and
-                          for each problem a digest of its prompt. Samples of other settings are never added
+    settings.json         everything that the samples depend on: format, model, digest of its weights, engine, seed,
+                          sampling, and a digest of each problem's prompt. Samples of other settings are never added
     problems.jsonl        {"id", "question", "answer"} per problem, in the order of the set
     samples-00000.jsonl   {"problem", "sample", "text", "tokens", "truncated"} per response, in the order of generation.
-                          One file per data-parallel replica; a line is on the disk before the next response is
+                          One file per data-parallel replica; a line is on disk before the next response is
                           generated. `sample` is the index among the responses to one problem; `text` is decoded with
                           special tokens but without the stop token; `tokens` includes the stop token; `truncated`
                           means that the response ended at the length limit (older files name the key `cut`)
-    scores.jsonl          one line per sample with the fields of `SampleScore`, computed from all samples each time
+    scores.jsonl          one line per sample with the fields of `SampleScore`, recomputed from all samples each time
     summary.json          the fields of `nemo_popsd.evaluation.summary.EvaluationSummary`, and `model`, `set`, and
                           `scoring`, whose `comparison` is the version of the comparison rules
                           (`nemo_popsd.evaluation.equivalence.COMPARISON_RULES`)
 
-A kill may leave a partial last line in a samples file; it is skipped, and removed before the next line is added.
+A killed process may leave a partial last line in a samples file. It is skipped, and removed before the next write.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nemo_popsd.files.ownership import EVALUATION, MARK, read_mark, write_mark
 FORMAT = 1
 _SETTINGS, _PROBLEMS, _SCORES, _SUMMARY = "settings.json", "problems.jsonl", "scores.jsonl", "summary.json"
 FILES = (_SETTINGS, _PROBLEMS, "samples-*.jsonl", _SCORES, _SUMMARY)
-"""Patterns of these file names."""
+"""Patterns of the names of these files."""
 _OLDER_DIGEST_KEY = "fingerprint"
 """Key under which earlier versions wrote `SampleSettings.weights_digest`; it is still read."""
 
@@ -68,7 +68,7 @@ class Sample:
     tokens: int
     """Length, including the stop token."""
     truncated: bool
-    """Whether it ended at the length limit and not at a stop token."""
+    """Whether the response ended at the length limit instead of a stop token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ class SampleScore:
     answer: str | None
     """The extracted final answer; None if there is none."""
     correct: bool
-    """Whether it equals the expected answer."""
+    """Whether the answer equals the expected one."""
     decided_by: str
     """See `nemo_popsd.evaluation.equivalence.Verdict`."""
     vote: int | None
-    """A number that responses to a problem with the same answer share; None without an answer."""
+    """Number shared by the responses to a problem with the same answer; None without an answer."""
     truncated: bool
-    """Whether the response ended at the length limit and not at a stop token."""
+    """Whether the response ended at the length limit instead of at a stop token."""
     tokens: int
     """Response length, including the stop token."""
     markers: dict[str, int]
@@ -98,14 +98,14 @@ class SampleScore:
     closed_thinking: bool
     """Whether the response closes its thinking."""
     repeated: float
-    """Share of its word sequences that occurred earlier in it."""
+    """Share of the response's word sequences that occurred earlier in it."""
     looping: bool
-    """Whether it ends in a loop."""
+    """Whether the response ends in a loop."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Everything that the samples depend on. Their number is not included, since each sample has its own seed."""
+    """Everything that the samples depend on, except for their number, since each sample has its own seed."""
 
     model: str
     """Name for display; not compared."""
@@ -125,7 +125,7 @@ class SampleSettings:
 
 
 class EvaluationDirectory:
-    """The directory of one evaluation, as the module describes it."""
+    """The directory of one evaluation, described in the module docstring."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -133,19 +133,19 @@ class EvaluationDirectory:
     def begin(
         self, settings: SampleSettings, problems: Sequence[Problem], *, whole: Collection[str] | None = None
     ) -> None:
-        """Writes settings and problems, and checks that existing samples belong to them. On one rank.
+        """Writes settings and problems, and checks that existing samples match them. Call it on one rank.
 
         The problems may differ from the existing ones; problems in both must have the same prompt.
 
         Args:
-            settings: of the samples.
-            problems: those that are evaluated.
-            whole: ids of all problems of the set, which must contain the existing ones or be among them; None skips
-                this check.
+            settings: settings of the samples.
+            problems: problems to evaluate.
+            whole: ids of all problems of the set, a superset or a subset of the existing problems; None skips this
+                check.
 
         Raises:
-            UserError: the directory contains samples of another set or of other settings, or files that no evaluation
-                wrote.
+            UserError: the directory contains samples of another set or with other settings, or files that were not
+                written by an evaluation.
         """
         new = {"format": FORMAT, **asdict(settings), "stop_token_ids": list(settings.stop_token_ids)}
         present = _read_json(self.path / _SETTINGS)
@@ -165,14 +165,14 @@ class EvaluationDirectory:
         write_text(self.path / _SETTINGS, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
 
     def replace(self, settings: SampleSettings, problems: Sequence[Problem], samples: Iterable[Sample]) -> None:
-        """Replaces all samples of the directory by these. On one rank."""
+        """Replaces all samples of the directory. Call it on one rank."""
         self.remove()
         self.begin(settings, problems)
         with self.append_to(0) as file:
             file.add(samples)
 
     def remove(self) -> None:
-        """Removes the files of the evaluation, and the directory if it is then empty. On one rank."""
+        """Removes the files of the evaluation, and the directory if it is then empty. Call it on one rank."""
         remove_files(self.path, (*FILES, MARK))
 
     def append_to(self, part: int) -> SampleWriter:
@@ -193,7 +193,7 @@ class EvaluationDirectory:
         return self._required(_SETTINGS)
 
     def problems(self) -> list[Problem]:
-        """The problems, in the order of the set; none if the file is missing."""
+        """The problems in the order of the set; empty if the file is missing."""
         if not (self.path / _PROBLEMS).is_file():
             return []
         return [as_dataclass(Problem, line, where) for where, line in _read_lines(self.path / _PROBLEMS)]
@@ -296,15 +296,15 @@ class EvaluationDirectory:
 
 
 def validation_directory(output: str | Path, step: int) -> EvaluationDirectory:
-    """Where a run writes the evaluation of its weights after `step` steps."""
+    """The directory to which a run writes the evaluation of its weights after `step` steps."""
     return EvaluationDirectory(Path(output) / "validation" / f"step-{step:06d}")
 
 
 class SampleWriter:
-    """Appends samples to one file; a context manager, one writer per file at a time."""
+    """Appends samples to one file. A context manager; a file has at most one writer at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Opens `path` and removes a partial last line that a kill left.
+        """Opens `path` and removes a partial last line that a killed process left.
 
         Raises:
             UserError: another process is writing to it.
@@ -336,7 +336,7 @@ class SampleWriter:
         self._file.close()
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Appends `samples`; they are on the disk when this returns."""
+        """Appends `samples`; they are on disk when this returns."""
         self._file.write(_lines(map(asdict, samples)).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -366,7 +366,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _renamed(line: object) -> object:
-    """`line` with the present name of `truncated`, which older files name `cut`."""
+    """`line` with the current name of `truncated`, which older files name `cut`."""
     if not isinstance(line, dict) or "cut" not in line:
         return line
     return {("truncated" if key == "cut" else key): value for key, value in line.items()}

@@ -1,4 +1,4 @@
-"""New scores for the samples of an evaluation that was scored by other rules of comparison."""
+"""Rescores the samples of an evaluation that was scored by other comparison rules."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SETTINGS = ("markers", "answer_pattern", "without_box", "verify_seconds", "thin
 
 
 def rescored(directory: EvaluationDirectory) -> tuple[list[SampleScore], EvaluationConfig]:
-    """Scores of an evaluation's samples by the present rules, and the settings of the evaluation.
+    """Scores of an evaluation's samples by the current rules, and the settings of the evaluation.
 
-    Nothing is written: `popsd evaluate` replaces the scores on disk.
+    Does not write files: `popsd evaluate` replaces the scores on disk.
 
     Raises:
         UserError: the evaluation has not been concluded, or its samples or problems are missing.
@@ -43,7 +43,7 @@ def rescored(directory: EvaluationDirectory) -> tuple[list[SampleScore], Evaluat
 
 
 def _config(summary: Mapping[str, Any]) -> EvaluationConfig:
-    """The settings with which an evaluation was scored, as far as its summary contains them."""
+    """The settings with which an evaluation was scored, to the extent that its summary contains them."""
     scoring = summary.get("scoring", {})
     known = {name: scoring[name] for name in _SETTINGS if name in scoring}
     return EvaluationConfig(**known, confidence=summary["confidence"], pass_k=[int(k) for k in summary["pass_at"]])

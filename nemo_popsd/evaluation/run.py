@@ -1,6 +1,6 @@
-"""From problem sets to tables: which samples are missing, where they are written, how they are scored.
+"""The steps of an evaluation from problem sets to tables: missing samples, directories, and scores.
 
-The engine that generates them belongs to the caller.
+The caller owns the engine that generates the samples.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ProblemSet:
 
     name: str
     prompts: list[EvaluationPrompt]
-    """The problems that are evaluated."""
+    """The problems to evaluate."""
     directory: EvaluationDirectory
-    """Directory of this set and one model."""
+    """Directory of the evaluation of one model on this set."""
     ids: frozenset[str]
     """Ids of all problems of the set."""
 
@@ -63,18 +63,18 @@ def prepare_sets(
     output: str | Path,
     vocab_size: int | None = None,
 ) -> list[ProblemSet]:
-    """Reads all problem sets. Every rank gets the same ones; nothing is written.
+    """Reads all problem sets, the same on every rank. Does not write files.
 
     Args:
-        settings: which sets, and how many problems of each.
-        data: how rows become prompts; `data.validation` is the set where `settings` names none.
-        tokenizer: the model's.
+        settings: problem sets, and the number of problems of each.
+        data: how rows become prompts; `data.validation` is the problem set if `settings` names none.
+        tokenizer: tokenizer of the model.
         model: path or name of the model; names the directory of the evaluation.
         output: directory of the run; sets are evaluated in `<output>/evaluation/<model>/<set>`.
-        vocab_size: vocabulary of the model, if it is known.
+        vocab_size: vocabulary size of the model, if known.
 
     Raises:
-        UserError: from reading the rows, a named set has another size than it should, or math-verify is missing.
+        UserError: the rows cannot be read, a published set has an unexpected size, or math-verify is missing.
     """
     require_math_verify()
     root = Path(output) / "evaluation" / as_file_name(model)
@@ -91,7 +91,7 @@ def prepare_sets(
 
 
 def as_file_name(model: str) -> str:
-    """The path or name of a model as the name of a directory."""
+    """Converts the path or name of a model to a directory name."""
     return model.replace(":", "/").strip("/").replace("/", "_")
 
 
@@ -120,23 +120,23 @@ def sample_settings(
 
 
 def begin(problem_set: ProblemSet, settings: SampleSettings) -> None:
-    """Creates or checks the directory of a set; on one rank.
+    """Creates or checks the directory of a set. Call it on one rank.
 
     Raises:
-        UserError: it has samples of another set, or that were generated with other settings.
+        UserError: it contains samples of another set or samples generated with other settings.
     """
     problem_set.directory.begin(settings, problems_of(problem_set.prompts), whole=problem_set.ids)
 
 
 def problems_of(prompts: Iterable[EvaluationPrompt]) -> list[Problem]:
-    """The problems as they are recorded on disk."""
+    """The problems in the form that is recorded on disk."""
     return [Problem(p.record.id, p.record.question, _expected(p)) for p in prompts]
 
 
 def conclude(
     problem_set: ProblemSet, settings: EvaluationConfig, verifier: AnswerVerifier, *, model: str
 ) -> Evaluation:
-    """Scores the samples of a set that `settings` requests, and writes scores and summary; on one rank.
+    """Scores the samples of a set that `settings` requests, and writes scores and summary. Call it on one rank.
 
     Raises:
         UserError: samples are missing, because ranks do not share a file system.
@@ -172,7 +172,7 @@ def conclude_samples(
     *,
     labels: Mapping[str, str],
 ) -> Evaluation:
-    """Scores `samples`, which are all samples of each problem, and writes scores and summary."""
+    """Scores `samples`, which must be all samples of each problem, and writes scores and summary."""
     answers = {prompt.record.id: _expected(prompt) for prompt in prompts}
     evaluation = Evaluation.of(score_samples(samples, answers, settings, verifier), settings)
     scoring = {
@@ -200,9 +200,8 @@ def conclude_all(problem_sets: Sequence[ProblemSet], settings: EvaluationConfig,
 def weights_digest(path: str | Path) -> str:
     """16 hexadecimal digits that identify the weights at `path`, a file or a directory.
 
-    A SHA-256 over each file's name, size, and up to 64 blocks of 64 KiB evenly spaced over it, so an
-    8-billion-parameter model takes milliseconds. Training changes weights everywhere; a change of a few bytes may go
-    undetected.
+    A SHA-256 over each file's name, size, and up to 64 evenly spaced blocks of 64 KiB; an 8-billion-parameter model
+    takes milliseconds. Training changes weights everywhere, but a change of a few bytes may go undetected.
     """
     path = Path(path)
     digest = hashlib.sha256()

@@ -20,11 +20,13 @@ class SampleRequest:
 
     prompt: EvaluationPrompt
     sample: int
-    """Index among the responses to it."""
+    """Index among the responses to the problem."""
 
     def seed(self, run_seed: int) -> int:
-        """The seed of the sample, which depends on run, problem and index, not on step or layout, so that evaluations
-        before and after training differ only by the weights.
+        """The seed of the sample.
+
+        It depends on run, problem and index, but not on step or layout, so that evaluations before and after training
+        differ only by the weights.
         """
         return row_seed(run_seed, "evaluation", self.prompt.record.id, self.sample)
 
@@ -32,7 +34,7 @@ class SampleRequest:
 def missing_samples(
     prompts: Sequence[EvaluationPrompt], samples_per_problem: int, existing: Collection[tuple[str, int]] = ()
 ) -> list[SampleRequest]:
-    """The samples to generate, problem by problem; `existing` holds problem and index of the existing samples."""
+    """The samples to generate, problem by problem; `existing` contains problem and index of existing samples."""
     wanted = (SampleRequest(prompt, sample) for prompt in prompts for sample in range(samples_per_problem))
     return [request for request in wanted if (request.prompt.record.id, request.sample) not in existing]
 
@@ -54,7 +56,7 @@ def generate_samples(
 
 
 def sample_of(problem: str, sample: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    """A rollout as the sample of this index among the responses to `problem`."""
+    """Converts a rollout to the sample with index `sample` among the responses to `problem`."""
     content = rollout.response if rollout.truncated else rollout.response[:-1]
     return Sample(
         problem=problem,

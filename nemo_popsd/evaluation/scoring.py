@@ -24,9 +24,9 @@ def score_samples(
     """Scores every sample, in the order of `samples`.
 
     Args:
-        samples: all samples of each problem, since votes are numbered among them.
+        samples: all samples of each problem, so that votes can be numbered.
         answers: expected answer by problem id.
-        config: settings of the scoring.
+        config: scoring settings.
         verifier: compares answers.
     """
     voted: dict[str, list[tuple[str, bool]]] = {}
@@ -57,7 +57,7 @@ def _score(
 
 
 def _vote(answer: str, correct: bool, verifier: AnswerVerifier, voted: list[tuple[str, bool]]) -> int:
-    """Number of `answer` among the different answers to its problem, `voted`, to which it is added if it is new."""
+    """Index of `answer` among the distinct answers `voted` to its problem; a new answer is appended."""
     for number, (other, other_correct) in enumerate(voted):
         if correct == other_correct and (correct or answer == other or verifier.compare(answer, other).correct):
             return number

@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str, output: str | Path, seed: int) -> str:
-    """Generates the missing samples at `settings.endpoint`, writing each response at once; returns the tables.
+    """Generates the missing samples at `settings.endpoint` and writes each response immediately; returns the tables.
 
     Args:
         settings: problem sets, sampling and endpoint.
         data: how rows become prompts.
-        source: `student.source`, of which only tokenizer and chat template are read.
+        source: `student.source`, from which only tokenizer and chat template are read.
         output: directory of the run.
         seed: seed of the run.
 
     Raises:
-        UserError: sets or samples do not fit (see `nemo_popsd.evaluation.run`), or the server fails.
+        UserError: sets or samples are invalid (see `nemo_popsd.evaluation.run`), or the server fails.
     """
     directory = model_path(source)
     tokenizer = load_tokenizer(directory, setting="student.source")
@@ -43,7 +43,7 @@ def evaluate_served(settings: EvaluationConfig, data: DataConfig, *, source: str
     )
     engine = f"endpoint, {settings.endpoint.dialect}, {settings.endpoint.prompts}"
     for one in problem_sets:
-        # The server alone knows its weights: a restart with other weights is not visible here.
+        # Only the server knows its weights: a restart with other weights cannot be detected here.
         names = {"model": endpoint.model, "weights_digest": endpoint.identity, "engine": engine}
         begin(one, sample_settings(one.prompts, sampling, seed=seed, **names))
         missing = one.missing(settings.samples_per_problem)

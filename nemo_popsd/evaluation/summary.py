@@ -11,7 +11,7 @@ from nemo_popsd.evaluation.estimates import Ratio, intervals, majority_is_correc
 from nemo_popsd.evaluation.records import SampleScore
 
 RESAMPLING_SEED = 0
-"""Seed of all intervals: the same scores give the same intervals, independent of the run's seed."""
+"""Seed of all intervals: the same scores have the same intervals, independent of the run's seed."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EvaluationSummary:
     samples: int
     """Number of samples, over all problems."""
     samples_per_problem: int
-    """Samples of the problem that has the fewest: the k of avg@k and of majority@k."""
+    """Smallest number of samples of a problem: the k of avg@k and of majority@k."""
     accuracy: float
     """avg@k: mean over problems of the share of a problem's samples that are correct; an estimate of pass@1."""
     accuracy_stderr: float | None
@@ -51,18 +51,18 @@ class EvaluationSummary:
     unanswered_share: float
     """Share of samples without an answer."""
     undecided_share: float
-    """Share of samples whose answer was not compared within the time limit; they count as wrong."""
+    """Share of samples whose comparison was aborted, e.g. by the time limit; they count as wrong."""
     confidence: float
     """Confidence level of the intervals."""
     intervals: dict[str, list[float]] = field(default_factory=dict)
-    """[low, high] by the name of the statistic; `pass_at.K` and `marker_rates.MARKER` for those in mappings."""
+    """[low, high] by name of the statistic; statistics in mappings are named `pass_at.K` and `marker_rates.MARKER`."""
 
     @classmethod
     def from_scores(cls, scores: Iterable[SampleScore], config: EvaluationConfig) -> EvaluationSummary:
         """Summarises `scores` in any order; problems may have different numbers of samples.
 
         Raises:
-            ValueError: no scores.
+            ValueError: there are no scores.
         """
         samples = list(scores)
         if not samples:
@@ -93,7 +93,7 @@ class EvaluationSummary:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """All fields as JSON values, the arguments of `EvaluationSummary`."""
+        """All fields as JSON values, as accepted by `EvaluationSummary`."""
         return asdict(self)
 
     def numbers(self) -> dict[str, float]:
@@ -108,11 +108,12 @@ class EvaluationSummary:
 
 
 def figures_of(scores: Sequence[SampleScore], pass_k: Sequence[int] = ()) -> dict[str, Ratio]:
-    """Every statistic of a summary by its name, over the problems in the order of their ids.
+    """Every statistic of a summary by name, over the problems in the order of their ids.
 
     Args:
-        scores: at least one.
-        pass_k: the k of pass@k up to the number of samples; empty means 2, 4, 8, ... and that number.
+        scores: scores of at least one sample.
+        pass_k: values of k for pass@k; those above the number of samples are omitted. Empty means 2, 4, 8, ... and that
+            number.
     """
     by_problem: dict[str, list[SampleScore]] = {}
     for score in scores:

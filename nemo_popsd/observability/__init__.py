@@ -1,1 +1,1 @@
-"""Metrics by name, the loggers that write them, timing of phases, progress, console."""
+"""Declaration of metrics, loggers, timing of phases, progress, and console output."""

@@ -1,4 +1,4 @@
-"""Checks that trackers can work, before anything expensive. Imports neither torch nor a tracker."""
+"""Checks before expensive work that trackers can run. Imports neither torch nor a tracker."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 def check_trackers(config: ObservabilityConfig) -> None:
-    """Refuses trackers that cannot work.
+    """Refuses trackers that cannot run.
 
     Raises:
-        UserError: W&B or MLflow is enabled and not installed (on every rank), or W&B needs a key and there is none (on
-            rank 0, the only one that logs).
+        UserError: W&B or MLflow is enabled but not installed (on every rank), or W&B needs a key that is missing (on
+            rank 0, the only rank that logs).
     """
     for package, enabled in (("wandb", config.wandb.enabled), ("mlflow", config.mlflow.enabled)):
         if enabled and importlib.util.find_spec(package) is None:
@@ -46,7 +46,7 @@ def _wandb_host() -> str:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key, or its variable WANDB_MODE turns the network off."""
+    """Whether wandb would find a key, or its variable WANDB_MODE disables the network."""
     if any(os.environ.get(name) for name in _KEYS) or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
         return True
     settings = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"

@@ -16,7 +16,7 @@ class WandbConfig:
     enabled: bool = False
     """Log to W&B."""
     project: str = "nemo_popsd"
-    """Project."""
+    """Name of the project."""
     mode: str = "online"
     """`online` or `offline`."""
 
@@ -31,18 +31,18 @@ class MlflowConfig:
     enabled: bool = False
     """Log to MLflow."""
     experiment: str = "nemo_popsd"
-    """Experiment; the run has the name of the configuration."""
+    """Name of the experiment; the name of the run is that of the configuration."""
     tracking_uri: str = ""
-    """Address of the tracking server; empty writes to files in `<output>/mlflow`, without any network."""
+    """URI of the tracking server; empty writes to files in `<output>/mlflow`, without network access."""
 
 
 @dataclass(kw_only=True)
 class ProfileConfig:
-    """Profiles of single steps by PyTorch's profiler, in `<output>/dumps`; Perfetto (ui.perfetto.dev) opens them."""
+    """Profiles of single steps by PyTorch's profiler in `<output>/dumps`; open them with Perfetto (ui.perfetto.dev)."""
 
     steps: Annotated[list[int], Bounds(1, 10**8)] = field(default_factory=list)
-    """Steps to profile, counted from 1, on every rank. A profiled step is slower; its trace has the phases of the step
-    by name."""
+    """Steps to profile on every rank, counted from 1. A profiled step is slower; its trace contains named ranges for
+    the phases of the step."""
     stacks: bool = False
     """Record the Python stack of every operation."""
     memory: bool = False
@@ -54,7 +54,7 @@ class ProfileConfig:
 
 @dataclass(kw_only=True)
 class ObservabilityConfig:
-    """Where metrics are logged, besides the terminal. `metrics.jsonl` is always written."""
+    """Destinations of metrics in addition to the terminal and `metrics.jsonl`, which is always written."""
 
     tensorboard: bool = True
     """Write TensorBoard events to `<output>/tensorboard`."""

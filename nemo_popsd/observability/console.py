@@ -1,4 +1,4 @@
-"""Output on the terminal: the package's own messages from rank 0, without what libraries print needlessly."""
+"""Terminal output: the package's messages from rank 0, without irrelevant output of libraries."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nemo_popsd.observability.foreign import catch_foreign_output
 from nemo_popsd.observability.rank import is_rank_zero
 
 LEVEL = "POPSD_LOG_LEVEL"
-"""Environment variable: the least level of the messages that rank 0 shows. `debug` includes those of libraries."""
+"""Environment variable with the minimum level of messages on rank 0. `debug` includes messages of libraries."""
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def set_up_console() -> None:
-    """Shows the package's log on rank 0 and catches what libraries print needlessly.
+    """Shows the package's log on rank 0 and suppresses irrelevant output of libraries.
 
-    Call it before Megatron and NeMo are imported, since they print at import, and again afterwards, since they set up
+    Call it before the import of Megatron and NeMo, which print at import, and again afterwards, since they configure
     their loggers at import.
 
     Raises:

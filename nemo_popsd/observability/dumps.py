@@ -1,7 +1,7 @@
-"""Profiles of chosen steps, and the state of the device's memory when it runs out, in `<output>/dumps`.
+"""Profiles of selected steps, and memory snapshots when a device runs out of memory, in `<output>/dumps`.
 
-A profile is a trace of PyTorch's profiler for each rank, which Perfetto opens; https://pytorch.org/memory_viz shows the
-state of the memory.
+A profile is a trace of PyTorch's profiler for each rank; open it with Perfetto. View memory snapshots at
+https://pytorch.org/memory_viz.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def recorded(settings: ProfileConfig, output: str | Path, *, step: int, rank: int) -> Iterator[None]:
-    """Profiles the block if `step` is one of `observability.profile.steps`, and dumps the memory if it runs out.
+    """Profiles the block if `step` is one of `observability.profile.steps`, and dumps memory if the device runs out.
 
     Args:
-        settings: which steps.
-        output: of the run, which must be its own already.
+        settings: steps to profile, and what to record.
+        output: output directory of the run, which must already belong to it.
         step: index of the step, counted from 1.
-        rank: of this process.
+        rank: rank of this process.
 
     Raises:
-        torch.OutOfMemoryError: as the block raised it, after the dump.
+        torch.OutOfMemoryError: the error of the block, raised again after the dump.
     """
     folder = Path(output) / FOLDER
     try:
@@ -49,7 +49,7 @@ def recorded(settings: ProfileConfig, output: str | Path, *, step: int, rank: in
 
 
 def _dump_memory(file: Path) -> None:
-    """Writes the allocator's state; a failure is logged, since another error is on its way."""
+    """Writes the allocator's state. Only logs a failure, since another error is being raised."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(file))

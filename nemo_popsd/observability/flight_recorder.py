@@ -1,4 +1,7 @@
-"""NCCL's Flight Recorder: each rank keeps its last collectives and writes them when one times out. Needs no torch."""
+"""NCCL's Flight Recorder: each rank records its last collectives and writes them when a collective times out.
+
+This module does not need torch.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 FOLDER = "dumps"
-"""Directory in `output` of everything that is written for the analysis of a failure or of speed."""
+"""Directory in `output` with files for the analysis of failures and performance."""
 FLIGHT_PREFIX = "flight-rank-"
-"""Beginning of the names of the Flight Recorder's files; the rank follows."""
+"""Prefix of the names of the Flight Recorder's files, followed by the rank."""
 FILES = (f"{FLIGHT_PREFIX}*", "profile-step-*", "memory-rank-*")
 """Names of the files in `FOLDER`."""
 _COLLECTIVES = "2000"
-"""Collectives that each rank keeps."""
+"""Number of collectives that each rank records."""
 
 
 def set_up_flight_recorder(output: str | Path, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Turns the Flight Recorder on with files in `FOLDER`; call it before the process groups are created.
+    """Enables the Flight Recorder with files in `FOLDER`. Call it before the process groups are created.
 
-    Variables that are set already stay. Each is set under its names in PyTorch 2.9 and in earlier versions.
+    Variables that are already set are not changed. Each is set under its names in PyTorch 2.9 and in earlier versions.
     """
     prefix = str(Path(output).resolve() / FOLDER / FLIGHT_PREFIX)
     for value, *names in (

@@ -1,6 +1,6 @@
-"""What libraries print and warn about that no user needs: caught, and logged by `nemo_popsd.libraries` at debug.
+"""Redirects irrelevant output and warnings of libraries to the logger `nemo_popsd.libraries` at level debug.
 
-`POPSD_LOG_LEVEL=debug` shows it. Errors and unexpected warnings of libraries are not touched.
+`POPSD_LOG_LEVEL=debug` shows them. Errors and unexpected warnings of libraries are not affected.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ logger = logging.getLogger("nemo_popsd.libraries")
 
 _EXPECTED_WARNINGS = (
     ".*Apex.*not installed.*",  # megatron-core without CUDA falls back to torch, as `nemo_popsd.runtime.cpu` intends
-    ".*legacy GroupedMLP.*",  # the same, where Transformer Engine is absent
+    ".*legacy GroupedMLP.*",  # the same, without Transformer Engine
     ".*does not have many workers.*",  # batches are lists of token ids; nothing is loaded in the background
     ".*Only transformer-engine>=.* supports MoE experts.*",  # likewise, in 0.19
     ".*full scope is deprecated.*",  # megatron-core's own default for CUDA graphs, which are not used
     ".*`load_state_dict` is deprecated.*",  # called by megatron-core to read a distributed checkpoint
     ".*Please use DTensor instead.*",  # likewise
-    ".*It is recommended to use `self.log.*",  # what is logged is already over all ranks
+    ".*It is recommended to use `self.log.*",  # logged values are already reduced over all ranks
 )
 
 _EXPECTED_LINES = (
-    "gradient_accumulation_fusion requires",  # megatron-core without apex: the fusion is off, as set in the spec
-    # transformers: an "incorrect regex pattern" of every local tokenizer with a large vocabulary, of any family.
+    "gradient_accumulation_fusion requires",  # megatron-core without apex: the spec disables the fusion
+    # transformers warns of an "incorrect regex pattern" for every local tokenizer with a large vocabulary.
     "The tokenizer you are loading from",
-    "Import of ",  # Megatron-Bridge 0.6 without Transformer Engine, with a traceback for each optional name
-    "No CUDA runtime is found",  # torch, of a machine without a GPU
+    "Import of ",  # Megatron-Bridge 0.6 without Transformer Engine logs a traceback for each optional name
+    "No CUDA runtime is found",  # torch, on a machine without a GPU
     "GPTModel IS DEPRECATED",  # megatron-core 0.19; the model families of this package have no other class there
     "MCore's async save is deprecated",  # megatron-core 0.19 about its own writer, which checkpoints use
     "`torch_dtype` is deprecated",  # Megatron-Bridge uses the old name of a key of Hugging Face configurations
@@ -47,38 +47,38 @@ _FILTERED_LOGGERS = (
 )
 
 _QUIET_LOGGERS = (
-    "lightning.pytorch",  # prints the devices that it finds and does not find
+    "lightning.pytorch",  # prints available and missing devices
     "lightning.pytorch.utilities.rank_zero",
     "nv_one_logger",  # NeMo's telemetry, which is not set up
     "nemo_logger",
 )
-"""Loggers whose errors alone are shown."""
+"""Loggers of which only errors are shown."""
 
 _PRINTER = "print_rank_0"
-"""Megatron's function that prints, which its modules import by name: the padded vocabulary, patches for PEFT."""
+"""Megatron's print function, which its modules import by name; it prints the padded vocabulary and patches for PEFT."""
 _LOADING = "megatron.bridge.models.conversion.model_bridge"
 _SERIOUS = re.compile(r"warn|error|fail", re.IGNORECASE)
 
 
 def catch_foreign_output() -> None:
-    """Catches what the libraries imported so far print and log. Idempotent."""
+    """Redirects the output and logs of the libraries imported so far. Idempotent."""
     if not logger.isEnabledFor(logging.DEBUG):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         for name in _QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("megatron").setLevel(logging.WARNING)  # 26.08 logs the set-up of every part at info
+        logging.getLogger("megatron").setLevel(logging.WARNING)  # 26.08 logs the setup of every component at info
     for name in _FILTERED_LOGGERS:
         library = logging.getLogger(name)
         if _is_unexpected not in library.filters:
             library.addFilter(_is_unexpected)
     for handler in logging.getLogger().handlers:
-        # Megatron's logging.basicConfig in 26.08, with a handler of its own or without; others are not a library's.
+        # From Megatron's logging.basicConfig in 26.08, with or without its own handler. Other handlers are the user's.
         of_library = type(handler) is logging.StreamHandler or type(handler).__module__.startswith("megatron.")
         if isinstance(handler, logging.StreamHandler) and of_library and _is_serious not in handler.filters:
             handler.addFilter(_is_serious)
             if handler.stream is sys.stdout:
-                handler.setStream(sys.stderr)  # a command's output may be read by a program
+                handler.setStream(sys.stderr)  # a program may read the standard output of a command
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and _PRINTER in vars(module):
             setattr(module, _PRINTER, _log)
@@ -102,13 +102,13 @@ def _is_serious(record: logging.LogRecord) -> bool:
 
 
 def _log(message: object, *args: object, **kwargs: object) -> None:
-    """Replaces a library's function that prints."""
+    """Replaces a print function of a library."""
     text = " ".join(str(message).split())
     logger.log(logging.WARNING if _SERIOUS.search(text) else logging.DEBUG, "Megatron: %s", text)
 
 
 def _silent(progress: Any) -> Any:
-    """Rich's progress bar without output, for a log file, where it would be one truncated line."""
+    """Rich's progress bar without output, for log files, where it would be one truncated line."""
     if getattr(progress, "silent", False):
         return progress
 

@@ -22,13 +22,14 @@ FILE_NAME = "metrics.jsonl"
 class JsonlLogger(Logger):
     """Writes `<directory>/metrics.jsonl` on rank 0: ``{"step": 3, "train/loss": 0.12, ...}``, one line per call.
 
-    Every line has been handed to the operating system when the call returns. A resumed run appends, after `keep_until`
-    has removed the steps that are trained again. NaN and infinities, which JSON does not have, are written as the
-    strings "nan", "inf" and "-inf", which ``float`` reads.
+    Every line has been passed to the operating system when the call returns. A resumed run appends, after `keep_until`
+    has removed the steps that will be trained again. NaN and infinities, which JSON does not support, are written as
+    the strings "nan", "inf" and "-inf", which ``float`` accepts.
 
     Args:
         directory: output directory of the run; created at the first call.
-        may_write: whether the directory still belongs to this run. If not, nothing is written; the run is about to end.
+        may_write: returns whether the directory still belongs to this run. If not, the logger does not write, since the
+            run is about to end.
     """
 
     def __init__(self, directory: str | Path, *, may_write: Callable[[], bool] = lambda: True) -> None:
@@ -53,10 +54,11 @@ class JsonlLogger(Logger):
         return self._path
 
     def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
-        """Append one line; values are numbers or one-element tensors.
+        """Appends one line; values are numbers or one-element tensors.
 
         Raises:
-            UserError, TransientError: it cannot be written. The run ends, since it must not continue without metrics.
+            UserError, TransientError: the line cannot be written. The run ends, since it must not continue without
+                metrics.
         """
         if not is_rank_zero() or not self._may_write():
             return
@@ -74,7 +76,7 @@ class JsonlLogger(Logger):
         """Does nothing: the resolved configuration has its own file."""
 
     def _prepare(self) -> None:
-        """Create the directory; remove an incomplete last line, which a kill may leave, so that all lines are JSON."""
+        """Creates the directory and removes an incomplete last line of a killed process, so that all lines are JSON."""
         if self._opened:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ class JsonlLogger(Logger):
 
 
 def read_metric(directory: str | Path, name: str) -> dict[int, float]:
-    """Values of a metric by step; the last one of a step with several."""
+    """Values of a metric by step; if a step has several values, the last one."""
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return {}
@@ -97,7 +99,7 @@ def read_metric(directory: str | Path, name: str) -> dict[int, float]:
 
 
 def read_steps(directory: str | Path, names: Collection[str], prefix: str) -> list[tuple[int, dict[str, float]]]:
-    """Step and values of each line that has one of the metrics `names` or one that begins with `prefix`."""
+    """Step and values of each line with one of the metrics `names` or a metric that starts with `prefix`."""
     path = Path(directory) / FILE_NAME
     lines = [json.loads(line) for line in _complete_lines(path)] if path.is_file() else []
     found = []
@@ -109,7 +111,7 @@ def read_steps(directory: str | Path, names: Collection[str], prefix: str) -> li
 
 
 def keep_until(directory: str | Path, step: int) -> None:
-    """Removes the lines of later steps, and an incomplete last line, from the metrics file; atomically."""
+    """Atomically removes the lines of later steps and an incomplete last line from the metrics file."""
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         return
@@ -118,7 +120,7 @@ def keep_until(directory: str | Path, step: int) -> None:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Lines with their line ends, without an incomplete last line, which a kill may leave."""
+    """Lines with their line ends, without an incomplete last line that a killed process may leave."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line + "\n" for line in text.split("\n")[:-1]]
 

@@ -1,4 +1,4 @@
-"""Builds the loggers of a run from the section `observability`."""
+"""Builds the loggers of a run from the settings section `observability`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _WANDB, _MLFLOW = "wandb", "mlflow"
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """The facts about a run that loggers need."""
+    """Properties of a run that loggers need."""
 
     name: str
     """Name of the run in W&B and MLflow."""
     output: Path
-    """Directory that local files go to."""
+    """Directory for local files."""
     overwrite: bool
-    """Whether the run starts again at step 1; in W&B and MLflow it then gets a new entry."""
+    """Whether the run restarts at step 1; W&B and MLflow then create a new entry."""
     parameters: Mapping[str, object]
     """The resolved configuration, nested by section."""
 
@@ -39,14 +39,14 @@ def build_loggers(
     completed: int = 0,
     may_write: Callable[[], bool] = lambda: True,
 ) -> list[Logger]:
-    """JSONL always; TensorBoard, Weights & Biases and MLflow by setting, as trackers. Ranks other than 0 get none.
+    """Builds the JSONL logger, and trackers for TensorBoard, W&B and MLflow if enabled. Only rank 0 has loggers.
 
     A resumed run keeps its entries in W&B and MLflow.
 
     Args:
-        settings: which trackers are enabled, and how.
-        run: what they record.
-        completed: steps that a resumed run has already trained; TensorBoard hides events of later steps.
+        settings: enabled trackers and their settings.
+        run: the run to record.
+        completed: number of steps that a resumed run has completed; TensorBoard hides events of later steps.
         may_write: see `JsonlLogger`.
     """
     if not is_rank_zero():
@@ -68,7 +68,7 @@ def build_loggers(
 
 
 def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
-    run.output.mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp for a directory that does not exist
+    run.output.mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp if the directory does not exist
     run_id = None if run.overwrite else read_id(run.output, _WANDB)
     if run_id is None:
         run_id = secrets.token_hex(8)
@@ -88,12 +88,12 @@ def _wandb_logger(settings: WandbConfig, run: LoggedRun) -> WandbLogger:
 
 
 def _mlflow_logger(settings: MlflowConfig, run: LoggedRun) -> MLFlowLogger:
-    """The configuration becomes the run's parameters. MLflow keeps their first values, truncated to 250
+    """The MLflow logger. It logs the configuration as parameters; MLflow keeps their first values, truncated to 250
     characters.
     """
-    # Read when mlflow is imported or a store is opened; values that the user has set stay. The file store needs no
-    # database package, which mlflow-skinny lacks; recent versions require this variable for it. The second variable
-    # turns off telemetry.
+    # Read when mlflow is imported or a store is opened; values set by the user are kept. The file store works without
+    # the database package that mlflow-skinny lacks; recent versions require the first variable for it. The second
+    # variable disables telemetry.
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     run_id = None if run.overwrite else read_id(run.output, _MLFLOW)

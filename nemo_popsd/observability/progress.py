@@ -18,14 +18,15 @@ _SHOWN = {"loss": ("loss", ".4g"), "response_tokens": ("tokens/response", ".0f")
 
 
 class StepProgress(ProgressBar):
-    """Step k of N, loss, response length, tokens per second, elapsed and remaining time, on rank 0.
+    """Shows step k of N, loss, response length, tokens per second, elapsed and remaining time, on rank 0.
 
-    A bar on a terminal, one line per step elsewhere (logs, CI); the same for the batches of a validation that has
-    several. One training batch is one step; the values are the latest under `PREFIX` in the trainer's logged metrics.
+    Shows a bar on a terminal, and prints one line per step elsewhere (logs, CI); likewise for the batches of a
+    validation with several batches. One training batch is one step; the values are the latest metrics under `PREFIX`
+    that the trainer logged.
 
     Args:
-        steps: steps of the run (`training.steps`).
-        completed: steps that a resumed run has already trained.
+        steps: number of steps of the run (`training.steps`).
+        completed: number of steps that a resumed run has completed.
         enabled: `observability.progress_bar`.
     """
 
@@ -42,19 +43,19 @@ class StepProgress(ProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Always true: if it is, `LightningModule.print` uses `print` below."""
+        """Always true, so that `LightningModule.print` uses `print` below."""
         return True
 
     def disable(self) -> None:
-        """Turn the progress off (Lightning calls this on ranks other than 0)."""
+        """Disables the progress; Lightning calls this on ranks other than 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Turn the progress on, on rank 0."""
+        """Enables the progress on rank 0."""
         self._enabled = is_rank_zero()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the bar if standard error is a terminal."""
+        """Shows the bar if standard error is a terminal."""
         self._pace = Pace(self._steps, completed=self._completed)
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(total=self._steps, initial=self._completed, desc="step", dynamic_ncols=True)
@@ -62,7 +63,7 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Advance by one step."""
+        """Advances by one step."""
         self._completed += 1
         if not self._enabled:
             return
@@ -76,7 +77,7 @@ class StepProgress(ProgressBar):
             print(f"step {self._completed}/{self._steps}{values}  {times}", file=sys.stderr, flush=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show a bar if there are several batches and standard error is a terminal."""
+        """Shows a bar if there are several batches and standard error is a terminal."""
         self._validation_batches = round(sum(trainer.num_val_batches))
         self._validation_pace = Pace(self._validation_batches)
         if self._enabled and self._validation_batches > 1 and sys.stderr.isatty():
@@ -91,7 +92,7 @@ class StepProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Advance by one batch."""
+        """Advances by one batch."""
         if not self._enabled or self._validation_batches < 2 or self._validation_pace is None:
             return
         if self._validation_bar is not None:
@@ -101,15 +102,15 @@ class StepProgress(ProgressBar):
             print(f"validation {batch_idx + 1}/{self._validation_batches}  {times}", file=sys.stderr, flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the bar of the validation."""
+        """Removes the bar of the validation."""
         self._close_validation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Closes the bar and leaves it on the screen."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar as it is, so that the error is not written into it."""
+        """Closes the bar and leaves it on the screen, so that the error is not printed into it."""
         self._close_validation()
         self._close()
 
@@ -124,7 +125,7 @@ class StepProgress(ProgressBar):
             self._validation_bar = None
 
     def print(self, *args: object, **kwargs: object) -> None:
-        """Print on rank 0, above the bar if there is one (called by `LightningModule.print`)."""
+        """Prints on rank 0, above the bar if there is one. Called by `LightningModule.print`."""
         if is_rank_zero():
             tqdm.write(" ".join(str(argument) for argument in args), **kwargs)
 

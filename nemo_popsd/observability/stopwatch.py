@@ -1,4 +1,4 @@
-"""Wall-clock seconds of the named phases of a step, and the peak of the device's memory in each."""
+"""Wall-clock seconds and peak device memory of the named phases of a step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases.
+    """Accumulates the seconds of named phases.
 
-    Once CUDA is in use, each phase waits for the device at both ends (two synchronisations per phase), so that the time
-    of a kernel counts for the phase that launched it. On CPU it costs two clock readings.
+    If CUDA is in use, each phase waits for the device at its start and end (two synchronizations per phase), so that
+    the time of a kernel counts for the phase that launched it. On a CPU it only reads the clock twice.
     """
 
     def __init__(self) -> None:
@@ -23,8 +23,9 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `name`, also when the block raises. Phases may repeat and nest; of nested ones
-        the outer one has the peak since the inner one began.
+        """Adds the time of the block to `name`, even if the block raises.
+
+        Phases may repeat and nest. The peak memory of an outer phase counts only from the start of its inner phase on.
         """
         _wait_for_device()
         if torch.cuda.is_initialized():
@@ -44,18 +45,18 @@ class Stopwatch:
         return self._seconds.get(name, 0.0)
 
     def peak_bytes(self, name: str) -> int:
-        """Most bytes of tensors on the device in `name` since the last `reset`; 0 without CUDA."""
+        """Peak bytes of tensors on the device in `name` since the last `reset`; 0 without CUDA."""
         return self._peaks.get(name, 0)
 
     def reset(self) -> None:
-        """Start all phases from 0."""
+        """Resets all phases to 0."""
         self._seconds.clear()
         self._peaks.clear()
 
 
 @contextmanager
 def _named_range(name: str) -> Iterator[None]:
-    """A range with the name of the phase in a profile and, with CUDA, in Nsight Systems (NVTX)."""
+    """A range with the name of the phase in profiles and, with CUDA, in Nsight Systems (NVTX)."""
     with torch.profiler.record_function(f"popsd.{name}"):
         if not torch.cuda.is_initialized():
             yield

@@ -1,4 +1,4 @@
-"""Third-party loggers. They run in threads beside the run; one that fails is dropped and does not fail the run."""
+"""Third-party loggers. They run in separate threads; a failing logger is disabled and does not fail the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 LoggerT = TypeVar("LoggerT", bound=Logger)
 
 IDS = "trackers.json"
-"""File in `output` with the ids that a run has in tracking services, so that a resumed run continues under them."""
+"""File in `output` with the ids of a run in tracking services, so that a resumed run continues with the same ids."""
 LINK = "_link"
-"""Suffix of a service's name in that file, of the address of the run's page."""
+"""Suffix of the key in that file that stores the address of the run's page; the service is the prefix."""
 CLOSE_SECONDS = 120.0
-"""Seconds that a tracker has to finish writing, once the result of the run is saved."""
+"""Seconds that a tracker has to finish writing after the result of the run is saved."""
 
 _hanging: list[str] = []
 
@@ -33,15 +33,15 @@ _hanging: list[str] = []
 class Tracker(Logger, Generic[LoggerT]):
     """Passes metrics to another logger in a separate thread, and tolerates its failure.
 
-    The thread starts at the first call. The first error of the other logger is reported, and the logger gets no more
-    calls. Lightning finalises loggers when `fit` or `validate` ends; this one ends in `close`, after the result is
-    saved.
+    The thread starts at the first call. The first error of the other logger is reported and disables the logger.
+    Lightning finalizes loggers when `fit` or `validate` ends; a tracker ends in `close`, after the result is saved.
 
     Args:
-        label: for messages, e.g. `MLflow`.
+        label: name for messages, e.g. `MLflow`.
         build: creates the other logger; called in the thread.
-        finish: ends it. Its second argument is whether the run succeeded; None if it was requested to stop.
-        takes_hyperparameters: pass on the hyperparameters that Lightning logs.
+        finish: ends the other logger. The second argument is whether the run succeeded; None if it was requested to
+            stop.
+        takes_hyperparameters: whether to pass on the hyperparameters that Lightning logs.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Tracker(Logger, Generic[LoggerT]):
         return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs them in the thread, with an integer step: Lightning passes a float, which some services refuse."""
+        """Logs metrics in the thread, with an integer step: Lightning passes a float, which some services reject."""
         values, index = dict(metrics), None if step is None else int(step)
 
         def log(inner: LoggerT) -> None:
@@ -82,18 +82,18 @@ class Tracker(Logger, Generic[LoggerT]):
         self._put(log)
 
     def log_hyperparams(self, params: dict[str, object] | Namespace, *args: object, **kwargs: object) -> None:
-        """Logs them in the thread if `takes_hyperparameters`; the resolved configuration has its own file."""
+        """Logs the hyperparameters in the thread if `takes_hyperparameters`."""
         if self._takes_hyperparameters:
             self._put(lambda inner: inner.log_hyperparams(params, *args, **kwargs))
 
     def finalize(self, status: str) -> None:
-        """Does nothing: see `close`."""
+        """Does nothing; see `close`."""
 
     def close(self, succeeded: bool | None) -> None:
-        """Writes the remaining calls and ends the other logger; waits at most `CLOSE_SECONDS`.
+        """Completes the remaining calls and ends the other logger. Waits at most `CLOSE_SECONDS`.
 
         Args:
-            succeeded: whether the run did; None if it was requested to stop and will be resumed.
+            succeeded: whether the run succeeded; None if it was requested to stop and will be resumed.
         """
         if self._thread is None:
             return
@@ -102,7 +102,7 @@ class Tracker(Logger, Generic[LoggerT]):
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive() and not self._failed:
             _hanging.append(self._label)
-            self._report(f"it does not end within {CLOSE_SECONDS:g} s")
+            self._report(f"it did not end within {CLOSE_SECONDS:g} s")
 
     def _put(self, call: Callable[[LoggerT], None]) -> None:
         if self._failed:
@@ -140,7 +140,7 @@ def any_hangs() -> bool:
 
 
 def read_id(output: Path, service: str) -> str | None:
-    """The id of the run in `output` in a tracking service; None if it has none yet."""
+    """The id in a tracking service of the run in `output`; None if it has none yet."""
     try:
         content = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -150,7 +150,7 @@ def read_id(output: Path, service: str) -> str | None:
 
 
 def store_id(output: Path, service: str, name: str) -> None:
-    """Stores the id of the run in `output` in a tracking service."""
+    """Stores the id in a tracking service of the run in `output`."""
     try:
         content = json.loads((output / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,8 +160,9 @@ def store_id(output: Path, service: str, name: str) -> None:
 
 
 def store_link(output: Path, service: str, address: str | None) -> None:
-    """Stores the address of the run's page in a tracking service, for the report; None, as of an offline run, stores
-    nothing.
+    """Stores the address of the run's page in a tracking service, for the report.
+
+    An address of None, as for an offline run, is not stored.
     """
     if address:
         store_id(output, service + LINK, address)

@@ -1,12 +1,12 @@
-"""Pages about runs: self-contained HTML with inline SVG, from the files of a run, with the standard library and yaml.
+"""Reports on runs: self-contained HTML pages with inline SVG, built with only the standard library and yaml.
 
-run.py            reading of a run's directory
+run.py            reads the directory of a run
 page.py           the report on one or several runs: `popsd report`
-verdicts.py       the rules that answer its three questions
-sections.py       its sections
-arms.py           means over the seeds of runs that differ in nothing else
-groups.py         names that tell runs apart; one line for the seeds of an arm
-decomposition.py  plots of the paper's decomposition, for both pages
+verdicts.py       the rules that answer the three questions of the report
+sections.py       sections of the report
+arms.py           means over the seeds of runs that otherwise have the same settings
+groups.py         distinct names for runs; one line for the seeds of an arm
+decomposition.py  plots of the paper's decomposition, used by reports and diagnoses
 views.py          the scores of views before training: `popsd diagnose --views`
 tokens.py         the page of a diagnosis, token by token: `popsd diagnose`
 plots.py, bars.py SVG

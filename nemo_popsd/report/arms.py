@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed form an arm; means over its seeds, with 95 % intervals (Student's t)."""
+"""Arms (runs that differ only in their seed), and means over their seeds with 95 % intervals (Student's t)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Student's t over the seeds."""
+        """The mean over the seeds, with the interval by Student's t."""
         count = len(values)
         if count < 2:
             return cls(values[0], math.nan)
@@ -41,18 +41,18 @@ class Mean:
         return cls(statistics.fmean(values), _quantile(count - 1) * error)
 
     def text(self, *, sign: bool = False) -> str:
-        """The mean and, of several seeds, the half width."""
+        """The mean, followed by the half width if there are several seeds."""
         value = signed(self.value) if sign else fixed(self.value)
         return value if math.isnan(self.half_width) else f"{value} ± {fixed(self.half_width)}"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in nothing but their seed, by ascending seed."""
+    """Runs that differ only in their seed, by ascending seed."""
 
     runs: Sequence[RunData]
     differences: str
-    """The settings in which it differs from the other arms; the name of its first run if there are none."""
+    """The settings in which the arm differs from other arms; the name of its first run if there are none."""
 
     @property
     def seeds(self) -> list[int]:
@@ -71,7 +71,7 @@ class Arm:
 
 
 def arms(runs: Sequence[RunData]) -> list[Arm]:
-    """The arms among `runs`, in the order of their first runs. Runs without a seed belong to none."""
+    """The arms among `runs`, in the order of their first runs. Runs without a seed belong to no arm."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
         if isinstance(run.config.get("seed"), int):
@@ -89,7 +89,7 @@ def arms(runs: Sequence[RunData]) -> list[Arm]:
 
 
 def over_seeds(runs: Sequence[RunData]) -> list[list[str]]:
-    """The table of arms: heading, then a line for each; empty if no arm has several seeds."""
+    """The table of arms: a heading, then a line for each arm; empty if no arm has several seeds."""
     found = arms(runs)
     if not any(len(arm.runs) > 1 for arm in found):
         return []
@@ -116,7 +116,7 @@ def section(runs: Sequence[RunData]) -> str:
 
 
 def text(runs: Sequence[RunData]) -> str:
-    """The same for the terminal, one block for each arm; "" if no arm has several seeds."""
+    """The table as text for the terminal, one block per arm; "" if no arm has several seeds."""
     lines = over_seeds(runs)
     if not lines:
         return ""
@@ -130,7 +130,7 @@ def text(runs: Sequence[RunData]) -> str:
     return "\n".join([*blocks, _NOTE])
 
 
-_NOTE = "means over the seeds of runs that differ in nothing else, ± half widths of 95 % intervals (Student’s t)"
+_NOTE = "means over the seeds of runs with otherwise equal settings, ± half widths of 95 % intervals (Student’s t)"
 
 
 def _quantile(degrees: int) -> float:

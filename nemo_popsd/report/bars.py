@@ -1,4 +1,4 @@
-"""Charts with named entries: intervals on a common scale, bars on both sides of 0, parts of a total."""
+"""Charts with named entries: intervals on a common scale, bars on both sides of 0, and parts of a total."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Estimate:
 
 
 def interval_chart(rows: Sequence[Estimate], *, label: str, text: Callable[[float], str] = fixed) -> str:
-    """Each entry's value as a dot and its interval as a line, on one scale, with its name and value above."""
+    """Shows each entry's value as a dot and its interval as a line, on a common scale, below its name and value."""
     edges = [
         edge for row in rows for edge in (row.value, row.low, row.high) if edge is not None and math.isfinite(edge)
     ]
@@ -69,7 +69,7 @@ def push_chart(entries: Sequence[tuple[str, float]], *, label: str, tokens: bool
     Args:
         entries: name and value, in order.
         label: description of the chart, for screen readers.
-        tokens: whether the names are tokens, whose white space is made visible.
+        tokens: whether the names are tokens; their white space is then made visible.
     """
     if not entries:
         return '<p class="absent">not measured</p>'
@@ -89,7 +89,7 @@ def _signed(value: float) -> str:
 
 
 def share_bar(parts: Sequence[tuple[str, float, str]], *, label: str) -> str:
-    """One bar divided by the shares of `parts`, each (name, amount, class)."""
+    """A bar divided in proportion to `parts`, each (name, amount, class)."""
     total = sum(amount for _, amount, _ in parts) or 1.0
     cells = "".join(
         f'<i class="{esc(css)}" style="width:{100 * amount / total:.2f}%" title="{esc(name)}"></i>'

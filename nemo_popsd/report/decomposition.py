@@ -23,7 +23,7 @@ SHORT = {"reference": "Δ_ref", "question": "Δ_it", "total": "Δ_total", "targe
 
 _BY_GROUP = {
     **{statistic.name: (statistic.symbol, statistic.meaning) for statistic in SIGNAL_STATISTICS},
-    "delta_question": ("Δ_it of the generated token", "nats; above 0: given the reference, the question favours it"),
+    "delta_question": ("Δ_it of the generated token", "nats; above 0: the question, given the reference, favours it"),
     "delta_reference": ("Δ_ref of the generated token", "nats; below 0: the reference alone disfavours it"),
     **{statistic.name: (statistic.symbol, f"{statistic.unit}; {statistic.meaning}") for statistic in TOKEN_STATISTICS},
 }
@@ -57,7 +57,7 @@ def _plots(
     x_label: str,
     x_of: Callable[[Group], float] | None,
 ) -> str:
-    """One card for each statistic; a single summary has a band between its quartiles."""
+    """One card per statistic; with a single summary, a band shows the quartiles."""
     names = () if x_of else [_bin_name(group) for group in summaries[0][2]["groups"][grouping]]
     cards = []
     for measure, (title, note) in _BY_GROUP.items():
@@ -101,7 +101,7 @@ def _spread(spread: Spread | None, measure: str) -> str:
 
 
 def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), *, count: int = 10) -> str:
-    """For each component, the vocabulary entries that it raises and lowers most."""
+    """For each component, the vocabulary entries that it promotes and suppresses most."""
     cards = []
     for name in components:
         title, note = COMPONENTS[name]
@@ -116,7 +116,7 @@ def push_cards(summary: Summary, components: Sequence[str] = tuple(COMPONENTS), 
 
 
 def marker_push_table(summary: Summary) -> str:
-    """The push of each component on the markers that are one token."""
+    """The push of each component on markers that are a single token."""
     rows = []
     for marker, entry in summary["push"]["markers"].items():
         if entry is None:

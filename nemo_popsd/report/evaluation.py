@@ -1,4 +1,4 @@
-"""Tables and curves of the results on held-out problems."""
+"""Tables and curves of results on held-out problems."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ FIGURES = {
     "unanswered_share": ("without an answer, %", 100.0),
     "undecided_share": ("comparison undecided, %", 100.0),
 }
-"""Title and scale of each statistic of a summary, in order; a name that ends in a dot covers all names that start with
-it."""
+"""Title and scale of each statistic of a summary, in order. A name with a trailing dot applies to all names with this
+prefix.
+"""
 
 _LOW = 112.0
 
@@ -51,7 +52,7 @@ def _marker_curves(runs: Sequence[RunData]) -> str:
 
 
 def result_series(runs: Sequence[RunData], name: str) -> list[Series]:
-    """The curves of a result of the evaluations during training; of one run with its stored intervals."""
+    """Curves of a result of the evaluations during training; a single run has its stored intervals."""
 
     def curve(run: RunData) -> list[tuple[float, float]]:
         return [(float(step), one.values[name]) for step, one in run.validations.items() if name in one.values]
@@ -65,7 +66,7 @@ def result_series(runs: Sequence[RunData], name: str) -> list[Series]:
 
 
 def _held_out(runs: Sequence[RunData]) -> str:
-    """A line for each statistic that is not always 0; one column before training, and two for each run."""
+    """A line per statistic that is not always 0, with one column before training and two columns per run."""
     validations = [one for run in runs for one in (run.before, run.after) if one is not None]
     rows, zeros = [], []
     for name, title, scale in _statistics(validations):
@@ -84,11 +85,11 @@ def _held_out(runs: Sequence[RunData]) -> str:
         first = fixed(runs[0].before.values.get(name), 0) if runs[0].before else "–"
         rows.append([name, first, *(cell for count in counts for cell in (count, ""))])
     header = ["", "before", *(cell for run in runs for cell in (esc(run.name), "change"))]
-    note = f"“before” shows {runs[0].name}; changes are relative to each run’s own start; small figures are intervals."
+    note = f"“before” shows {runs[0].name}; changes are relative to each run’s own start; small numbers are intervals."
     differing = [
         run.name for run in runs if run.before and runs[0].before and run.before.values != runs[0].before.values
     ]
-    note += f" {', '.join(differing)} started from other values." if differing else ""
+    note += f" {', '.join(differing)} started from different values." if differing else ""
     note += f" Always 0: {', '.join(zeros)}." if zeros else ""
     return card("Held-out problems", table(header, rows), note=note)
 

@@ -1,4 +1,4 @@
-"""Names and lines of several runs: runs of one name are distinguished, and the seeds of one arm become a mean."""
+"""Names and lines for several runs: distinct labels for runs with the same name, and means over the seeds of an arm."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ Band = list[tuple[float, float, float]]
 
 
 def told_apart(runs: Sequence[RunData]) -> list[RunData]:
-    """The runs, those that share a name with a label in addition: the settings in which they differ, else their
-    directories.
-    """
+    """The runs; runs that share a name have a label with the settings in which they differ, or their directories."""
     labelled = []
     for run in runs:
         others = [other for other in runs if other is not run and other.name == run.name]
@@ -42,7 +40,7 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are drawn as one line."""
+    """Runs drawn as one line."""
 
     label: str
     css: str
@@ -50,12 +48,13 @@ class Group:
     runs: Sequence[RunData]
 
     def series(self, curve: Callable[[RunData], Sequence[tuple[float, float]]], band: Band | None = None) -> Series:
-        """The line of one run, with `band`; of several, the mean at the steps that all have, with its 95 % interval
-        over seeds.
+        """The line of a single run with `band`, or the mean of several runs with its 95 % interval over seeds.
+
+        A mean covers only the steps that all runs have.
 
         Args:
-            curve: (x, y) of a run.
-            band: (x, low, high), for a single run.
+            curve: returns the points (x, y) of a run.
+            band: returns (x, low, high), for a single run.
         """
         if len(self.runs) == 1:
             return Series(self.label, curve(self.runs[0]), self.css, band or ())
@@ -67,8 +66,9 @@ class Group:
 
 
 def grouped(runs: Sequence[RunData]) -> list[Group]:
-    """One group for each arm, or run that belongs to none, in the order of their first runs. Runs of one seed that
-    differ in nothing, as of different versions, are drawn apart.
+    """One group per arm or run without an arm, in the order of their first runs.
+
+    Runs with equal settings and seed, e.g. by different versions, form separate groups.
     """
     members = [(arm.differences, list(arm.runs)) for arm in arms(runs) if len(set(arm.seeds)) == len(arm.seeds)]
     found: list[tuple[str, list[RunData]]] = []
@@ -83,7 +83,7 @@ def grouped(runs: Sequence[RunData]) -> list[Group]:
 
 
 def _named_by_configuration(found: list[tuple[str, list[RunData]]]) -> list[tuple[str, list[RunData]]]:
-    """The groups, with the name in their configurations as label where each has one name, and all differ."""
+    """The groups, labelled by the name in their configurations if each group has one name and all names differ."""
     names = [{str(run.config.get("name")) for run in group} for _, group in found]
     if any(len(own) > 1 for own in names) or len(set.union(*names)) < len(found):
         return found
@@ -91,6 +91,6 @@ def _named_by_configuration(found: list[tuple[str, list[RunData]]]) -> list[tupl
 
 
 def colours_of(runs: Sequence[RunData]) -> list[str]:
-    """The colour class of each run: that of its group."""
+    """The colour class of each run, which is that of its group."""
     groups = grouped(runs)
     return [next(group.css for group in groups if run in group.runs) for run in runs]

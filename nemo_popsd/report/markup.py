@@ -1,4 +1,4 @@
-"""Escaping of text for HTML and formatting of numbers. All text passes through here, since rollouts may contain any."""
+"""HTML escaping and number formatting. All text is escaped here, since rollouts may contain any text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def esc(value: object) -> str:
 
 
 def data_block(value: object, name: str) -> str:
-    """`value` as JSON for the page's script, escaped so that no text can close the element."""
+    """`value` as JSON for the page's script, escaped so that its text cannot close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -25,7 +25,7 @@ def data_block(value: object, name: str) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` with so many significant digits and grouped thousands; a dash for None."""
+    """`value` with `digits` significant digits and grouped thousands; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0:
@@ -37,14 +37,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def fixed(value: float | None, decimals: int = 1) -> str:
-    """`value` with so many decimals; a dash for None."""
+    """`value` with `decimals` decimals; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, decimals: int = 1) -> str:
-    """`value` with its sign and so many decimals; a dash for None."""
+    """`value` with its sign and `decimals` decimals; a dash for None."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:+,.{decimals}f}".replace("-", MINUS)
@@ -52,7 +52,7 @@ def signed(value: float | None, decimals: int = 1) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]], *, css: str = "") -> str:
-    """A table of HTML cells, the first of each line its heading, which scrolls horizontally if it is too wide."""
+    """A table of HTML cells that scrolls horizontally if too wide. The first cell of each line is its heading."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     body = []
     for row in rows:

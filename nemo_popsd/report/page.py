@@ -29,14 +29,14 @@ _SECTIONS = (
 )
 
 _MOST_SHOWN = 3
-"""Runs whose names and main settings are shown above the page."""
+"""Maximum number of runs whose names and main settings are shown at the top of the page."""
 
 
 def write_report(directories: Sequence[Path], page: Path) -> Path:
-    """Writes one page about the runs in `directories`, compared in that order, and returns its path.
+    """Writes one page that compares the runs in `directories` in this order, and returns its path.
 
     Raises:
-        UserError: a directory does not hold a run, or `page` exists and is not a page of nemo_popsd.
+        UserError: a directory does not contain a run, or `page` exists and is not a page of nemo_popsd.
     """
     refuse_another_file(page)
     runs = told_apart([read_run(directory) for directory in directories])
@@ -72,7 +72,7 @@ def _page(runs: Sequence[RunData], page: Path) -> str:
 
 
 def _facts(run: RunData) -> str:
-    """The main settings of a run, as one line."""
+    """The main settings of a run in one line."""
     facts = [
         ("model", run.setting("student.source")),
         ("adaptation", run.setting("student.adaptation")),
@@ -93,7 +93,7 @@ def _facts(run: RunData) -> str:
 
 
 def _trackers(run: RunData) -> str:
-    """The run in tracking services: a link where its page is known, else its id."""
+    """The run in tracking services: a link if its page is known, otherwise its id."""
     items = []
     for service, title in (("wandb", "W&B"), ("mlflow", "MLflow")):
         name, address = run.trackers.get(service), str(run.trackers.get(f"{service}_link", ""))

@@ -1,7 +1,7 @@
-"""Line plots with bands as inline SVG, and legends. Colours come from the page's style sheet.
+"""Line plots with bands as inline SVG, and legends. The page's style sheet defines the colours.
 
-A plot has a width of 340 units, which the page shows at about as many pixels on phones and on desktops, so that the
-size of its text is constant.
+A plot is 340 units wide, which is about its width in pixels on phones and on desktops, so that the size of its text is
+constant.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nemo_popsd.report.markup import MINUS, esc, fixed, number
 WIDTH, HEIGHT = 340.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
 MOST_POINTS = 800
-"""Maximum number of points of one line; more are not distinguishable."""
+"""Maximum number of points of a line; more cannot be distinguished."""
 PALETTE = 6
-"""Number of colours for runs in the style sheet: s1 to s6, which then repeat."""
+"""Number of colours for runs in the style sheet, s1 to s6; further runs reuse them."""
 
 
 def series_class(index: int) -> str:
@@ -28,20 +28,18 @@ def series_class(index: int) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """One line."""
+    """A line of a plot."""
 
     label: str
     points: Sequence[tuple[float, float]]
-    """(x, y); points whose y is not finite are omitted."""
+    """(x, y); points with a non-finite y are omitted."""
     css: str
-    """Colour class: "base" or one of `series_class`; with "dashed" for a dashed line."""
+    """Colour class: "base" or a class from `series_class`, plus "dashed" for a dashed line."""
     band: Sequence[tuple[float, float, float]] = field(default=())
     """(x, low, high) of an interval around the line."""
 
     def drawable(self) -> list[tuple[float, float]]:
-        """The finite points; of more than `MOST_POINTS`, the lowest and the highest of each segment, so that peaks
-        remain.
-        """
+        """The finite points; above `MOST_POINTS`, only the lowest and highest point of each segment."""
         points = [(x, y) for x, y in self.points if math.isfinite(x) and math.isfinite(y)]
         if len(points) <= MOST_POINTS:
             return points
@@ -55,13 +53,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at one x."""
+    """An event at one x."""
 
     x: float
     text: str
-    """Shown under the pointer, and read by screen readers."""
+    """Text shown under the pointer and read by screen readers."""
     css: str
-    """Colour class, as of a `Series`."""
+    """Colour class, as for a `Series`."""
 
 
 def line_plot(
@@ -77,10 +75,10 @@ def line_plot(
     height: float = HEIGHT,
     events: Sequence[Event] = (),
 ) -> str:
-    """A line for each series, and the data with which the page's script shows values under the pointer.
+    """Draws a line per series, and includes the data for the page's script, which shows values under the pointer.
 
     Args:
-        series: at least one; those without points are not drawn.
+        series: at least one series; those without points are not drawn.
         label: description of the plot, for screen readers.
         x_label: label of the x axis.
         format_y: formats a value under the pointer.
@@ -88,8 +86,8 @@ def line_plot(
         zero: whether the y axis must include 0.
         markers: whether to draw a dot at every point.
         x_names: names of x = 0, 1, ... for a categorical axis.
-        height: of the plot, in units of which `WIDTH` is the width.
-        events: drawn as vertical lines.
+        height: height of the plot, in the units of `WIDTH`.
+        events: events, drawn as vertical lines.
     """
     drawn = [(s, s.drawable()) for s in series]
     xs = [x for _, points in drawn for x, _ in points]
@@ -152,7 +150,7 @@ def line_plot(
 
 
 def legend(series: Sequence[tuple[str, str]]) -> str:
-    """A line of colour swatches, each (label, class)."""
+    """A line of colour swatches. Each entry of `series` is (label, class)."""
     items = "".join(f'<li><i class="swatch {esc(css)}"></i>{esc(label)}</li>' for label, css in series)
     return f'<ul class="legend">{items}</ul>'
 
@@ -171,7 +169,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """The texts of the ticks of one axis, all with the number of decimals that their interval needs."""
+    """The labels of the ticks of an axis, all with the number of decimals that their spacing needs."""
     step, largest = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
     if step < 1e-4 or largest >= 1e6:
         short = (f"{tick:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS) for tick in ticks)
@@ -202,7 +200,7 @@ def _plain(value: float) -> str:
 
 
 def _x_axis(positions: Sequence[tuple[float, str]], label: str, down: float) -> str:
-    """The names of the ticks, without those that would overlap the one before, and the label of the axis."""
+    """The tick labels, without those that would overlap the previous one, and the label of the axis."""
     parts = []
     free = LEFT - 8
     for across, name in positions:

@@ -14,7 +14,7 @@ from nemo_popsd.report.markup import esc
 from nemo_popsd.report.run import AFTER, BEFORE, RunData, read_lines
 
 MOST_FLIPS = 50
-"""Problems that are listed of each direction."""
+"""Maximum number of problems to list in each direction."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Pair:
 
 
 def answer_pairs(run: RunData, count: int) -> tuple[list[Pair], str]:
-    """Up to `count` questions with answers before and after training, and a phrase that states their origin.
+    """Up to `count` questions with answers before and after training, and a phrase that describes their origin.
 
-    They come from the samples of the first and the last evaluation of the run, if these were kept; answers that became
-    wrong and answers that became right come first, alternating. Otherwise they come from the two diagnoses.
+    The answers are the samples of the first and last evaluation of the run, if these were kept. Answers that became
+    wrong and answers that became right come first, alternating. Otherwise the answers are those of the two diagnoses.
     """
     pairs = _scored_pairs(run)
     if pairs:
@@ -72,8 +72,8 @@ def _flips(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def flipped(run: RunData, markers: Sequence[str]) -> str:
-    """The problems whose first answer flipped between the first and the last evaluation, each with both answers behind
-    its name; "" if none did.
+    """The problems whose first answer flipped between the first and the last evaluation, with both answers in a
+    collapsed block; "" if there are none.
     """
     lost, won = _flips(_scored_pairs(run))
     parts = []
@@ -151,7 +151,7 @@ def is_truncated(line: Mapping[str, object]) -> bool:
 
 
 def pair_cards(pair: Pair, markers: Sequence[str] = DEFAULT_MARKERS) -> str:
-    """One question with both answers, with highlighted markers."""
+    """One question and both answers, with highlighted markers."""
     expected = f' <span class="badge">expected {esc(pair.expected)}</span>' if pair.expected is not None else ""
     columns = "".join(
         f'<section class="card"><h3>{title}{_badges(answer)}</h3>{_body(answer, markers)}</section>'

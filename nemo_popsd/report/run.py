@@ -1,6 +1,6 @@
-"""Reading of a training run's directory.
+"""Reads the directory of a training run.
 
-These files are read; the page states which are missing:
+The following files are read; the page states which are missing:
 
     config.yaml                           the resolved configuration; required
     metrics.jsonl                         train/* and validation/* by step
@@ -35,12 +35,12 @@ BEFORE, AFTER = "before", "after"
 NOT_OF_AN_ARM = ("name", "output", "overwrite", "seed")
 """Settings in which the runs of an arm may differ."""
 _OLDER_NAMES = {"delta_ratio": "norm_ratio", "cos_total_it": "cosine_question", "cos_total_ref": "cosine_reference"}
-"""Present names of training metrics by the names under which earlier versions wrote them."""
+"""Current names of training metrics by their names in earlier versions."""
 
 
 @dataclass(frozen=True)
 class Diagnosed:
-    """One diagnosis: the content of its two files."""
+    """The content of the two files of a diagnosis."""
 
     summary: Summary
     rollouts: list[RolloutRecord]
@@ -53,9 +53,9 @@ class Validation:
     values: dict[str, float]
     """Values by name; entries of a mapping have names such as "marker_rates.Wait"."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """(low, high) by name."""
+    """Intervals (low, high) by name."""
     directory: Path | None = None
-    """Directory of its samples; None if they were not kept."""
+    """Directory of the samples; None if they were not kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class RunData:
     directory: Path
     config: dict[str, object]
     training: dict[str, list[tuple[float, float]]]
-    """(step, value) by name of the metric, without prefix; alarms have `GUARD`, costs `COST`."""
+    """(step, value) by name of the metric without prefix; alarms start with `GUARD`, costs with `COST`."""
     validations: dict[int, Validation]
     """Validations by step, ascending."""
     evaluations: list[dict[str, object]] = field(default_factory=list)
@@ -73,13 +73,13 @@ class RunData:
     diagnoses: dict[str, Diagnosed] = field(default_factory=dict)
     """Diagnoses by name of their directory."""
     views: list[ViewScores] = field(default_factory=list)
-    """Scores of views before training, one for each student that was scored."""
+    """Scores of views before training, one entry per scored student."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Manifest of the final checkpoint."""
     data: Mapping[str, object] = field(default_factory=dict)
     """Counts of the training rows; see `nemo_popsd.data.report`."""
     label: str = ""
-    """The name on the page, where the configuration's is not enough."""
+    """The name on the page if the name in the configuration is ambiguous."""
     trackers: Mapping[str, object] = field(default_factory=dict)
     """Ids of the run in tracking services, and addresses of its pages there with the suffix `_link`."""
 
@@ -95,7 +95,7 @@ class RunData:
 
     @property
     def after(self) -> Validation | None:
-        """The last validation, unless that was at step 0."""
+        """The last validation, unless it was at step 0."""
         last = max(self.validations, default=0)
         return self.validations[last] if last else None
 
@@ -130,7 +130,7 @@ def read_run(directory: Path) -> RunData:
     """Reads a run that is finished or in progress.
 
     Raises:
-        UserError: the directory does not hold a run.
+        UserError: the directory does not contain a run.
     """
     try:
         with open_regular(directory / "config.yaml") as file:
@@ -181,7 +181,7 @@ def read_diagnosis(directory: Path) -> Diagnosed | None:
     """The diagnosis in `directory`; None if it is missing or incomplete.
 
     Raises:
-        UserError: its files differ from those that a diagnosis wrote.
+        UserError: its files were changed after the diagnosis.
     """
     summary = _object(directory / "summary.json")
     rollouts = read_lines(directory / "rollouts.jsonl")
@@ -198,7 +198,7 @@ def read_diagnosis(directory: Path) -> Diagnosed | None:
 def flat_figures(
     summary: Mapping[str, object], where: object = "summary"
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Numbers of an evaluation's summary, and their intervals, by name.
+    """The numbers of an evaluation's summary and their intervals, by name.
 
     Raises:
         UserError: an interval is not a pair of numbers; the message names the file, `where`.
@@ -229,7 +229,7 @@ def flat_settings(tree: Mapping[str, object], prefix: str = "") -> dict[str, obj
 
 
 def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int, dict[str, float]]]:
-    """Training and validation metrics; the last line of a step counts, since a resumed run repeats steps."""
+    """Training and validation metrics. The last line of a step is used, since a resumed run repeats steps."""
     training: dict[str, dict[int, float]] = {}
     validations: dict[int, dict[str, float]] = {}
     for line in read_lines(file):
@@ -252,7 +252,7 @@ def _metrics(file: Path) -> tuple[dict[str, list[tuple[float, float]]], dict[int
 
 
 def _float(value: object) -> float | None:
-    """`value` as a number, including "nan" and "inf", which the metrics file holds as text; None for other values."""
+    """`value` as a number, including "nan" and "inf", which are stored as text; None for other values."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -262,7 +262,7 @@ def _float(value: object) -> float | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, without a partial last line; none if the file is missing.
+    """Objects of a JSONL file, without a partial last line; empty if the file is missing.
 
     Raises:
         UserError: another line is damaged.
@@ -287,7 +287,7 @@ def _object(file: Path) -> dict[str, object] | None:
 
 
 def _tolerated(file: Path) -> dict[str, object]:
-    """Like `_object`, for a file that the page does not require."""
+    """Like `_object`, for an optional file."""
     try:
         return _object(file) or {}
     except UserError:

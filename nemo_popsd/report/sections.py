@@ -1,4 +1,4 @@
-"""The sections of the report. Each function takes the runs to compare, in order."""
+"""The sections of the report. Each function receives the runs to compare, in order."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CURVES = {
     "marker_rate": ("Epistemic markers", "per 1,000 rollout tokens"),
     "cut_share": ("Rollouts truncated at the limit", "share"),
     "repetition": ("Repeated text", "share of the rollout tokens"),
-    "rollout_age": ("Age of a rollout token", "steps, mean"),
+    "rollout_age": ("Mean age of rollout tokens", "steps"),
     "rollout_age_max": ("Age of the oldest rollout token", "steps"),
-    "mismatch_kl": ("Engine against trainer", "KL of the sampled tokens, nats per token"),
+    "mismatch_kl": ("Engine versus trainer", "KL of the sampled tokens, nats per token"),
     "weighted_share": ("Tokens that count in the loss", "share of the response tokens"),
     "frozen_tokens": ("Tokens of the frozen branches", "per step"),
     "frozen_tokens_saved": ("Tokens saved by shared prefixes", "per step"),
@@ -52,14 +52,14 @@ _PLACED = {*CURVES, *DECOMPOSITION_CURVES, *PHASES, *_MISMATCH, "tokens_per_seco
 COSTS = {
     "tokens_per_gpu": ("Response tokens per second and GPU", ""),
     "tflops": ("Frozen branches and training", "TFLOP/s per GPU"),
-    "mfu": ("Share of the peak", ""),
+    "mfu": ("Share of the peak FLOP/s", ""),
     "memory_rollout": ("Peak memory, rollout", "GiB"),
     "memory_frozen": ("Peak memory, frozen branches", "GiB"),
     "memory_train": ("Peak memory, training", "GiB"),
     "seconds_weights": ("Transfer of weights to vLLM", "s"),
     "seconds_waiting": ("Longest wait for other replicas", "s"),
-    "seconds_predicted": ("Step as popsd plan estimates it", "s"),
-    "predicted_ratio": ("Measured over estimated", ""),
+    "seconds_predicted": ("Step as estimated by popsd plan", "s"),
+    "predicted_ratio": ("Measured divided by estimated seconds", ""),
 }
 """Title and unit of the metrics of a step's cost, in order."""
 _SAMPLES = 4
@@ -73,7 +73,7 @@ def colours(runs: Runs) -> str:
 
 
 def glance(runs: Runs) -> str:
-    """The answers to the three questions, and which settings answer those that have no answer."""
+    """The answers to the three questions, and the settings that would provide missing answers."""
     cards, missing = [], []
     if any(run.validations for run in runs):
         cards += [_accuracy_card(runs), _thinking_card(runs)]
@@ -129,7 +129,7 @@ def _accuracy_curve(run: RunData) -> list[tuple[float, float]]:
 
 
 def _before_after(run: RunData, key: str, scale: float, unit: str, what: str = "", *, decimals: int = 1) -> str:
-    """A validation result before and after training, in large type."""
+    """A validation result before and after training, in a large font."""
     ends = [verdicts.estimate(validation, key, scale) for validation in (run.before, run.after)]
     if None in ends:
         return ""
@@ -196,14 +196,14 @@ def curves(runs: Runs) -> str:
 
 
 def _constant(runs: Runs, name: str) -> float | None:
-    """The value of a metric that never changes, over several steps and all runs; None for any other."""
+    """The value of a metric that is constant over several steps and all runs; None for other metrics."""
     values = {value for run in runs for _, value in run.training.get(name, [])}
     steps = max(len(run.training.get(name, [])) for run in runs)
     return values.pop() if len(values) == 1 and steps > 1 else None
 
 
 def _folded(constant: Sequence[tuple[str, float]]) -> str:
-    """Metrics that never change, as a list behind a summary."""
+    """Constant metrics, as a collapsed list."""
     if not constant:
         return ""
     rows = [[esc(title), number(value)] for title, value in constant]
@@ -305,7 +305,7 @@ def throughput(runs: Runs) -> str:
 
 
 def _cost_table(run: RunData) -> str:
-    """Means of the cost metrics, and what was not measured and why."""
+    """Means of the cost metrics, and the names of metrics that were not measured."""
     rows = [
         [esc(title), f"{number(value)} {unit}".strip()]
         for name, (title, unit) in COSTS.items()

@@ -1,4 +1,4 @@
-"""The HTML document around a page: its style, its script, and a security policy that forbids everything else."""
+"""The HTML document of a page: style, script, and a security policy that blocks all other resources."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _GENERATOR = '<meta name="generator" content="nemo_popsd'
 def document(title: str, over: str, header: str, body: str) -> str:
     """A complete page.
 
-    The content security policy allows inline styles and the page's script, by its digest, and no other resource: even
-    unescaped text of a rollout could not run a script.
+    The content security policy allows only inline styles and the page's script (by digest), so even unescaped text of a
+    rollout could not run a script.
 
     Args:
-        title: title of the page, text.
-        over: small line above the title, text.
+        title: title of the page, as text.
+        over: small line above the title, as text.
         header: HTML below the title.
         body: HTML of the sections.
     """
@@ -56,10 +56,10 @@ def document(title: str, over: str, header: str, body: str) -> str:
 
 
 def refuse_another_file(page: Path) -> None:
-    """Refuses to replace a file that is not a page of nemo_popsd, which a `meta` element in its head identifies.
+    """Refuses to replace a file that is not a page of nemo_popsd, as identified by a `meta` element in its head.
 
     Raises:
-        UserError: something else is at `page`.
+        UserError: `page` is a different kind of file.
     """
     reason = None
     if page.is_symlink():

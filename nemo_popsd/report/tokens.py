@@ -22,7 +22,7 @@ from nemo_popsd.report.run import Diagnosed, read_diagnosis
 from nemo_popsd.report.shell import document, refuse_another_file
 
 FULL_COLOUR = 3.0
-"""|Δ| in nats at which the colour of a token saturates."""
+"""|Δ| in nats at which the colour of a token is saturated."""
 _SWITCH = (("show-both", "both"), ("show-it", "Δ_it"), ("show-ref", "Δ_ref"))
 _STATISTICS: tuple[Statistic, ...] = (*TOKEN_STATISTICS, *SIGNAL_STATISTICS)
 _INSPECTED = (
@@ -38,7 +38,7 @@ def write_diagnosis_page(directory: Path) -> Path:
     """Writes `index.html` into the directory of a diagnosis, and returns its path.
 
     Raises:
-        UserError: `directory` does not hold a diagnosis.
+        UserError: `directory` does not contain a diagnosis.
     """
     diagnosed = read_diagnosis(directory)
     if diagnosed is None:
@@ -71,10 +71,10 @@ def _page(diagnosed: Diagnosed) -> str:
     summaries = [(str(summary["name"]), "s1", summary)]
     body = [
         '<h2 id="tokens">Token by token</h2>',
-        '<p class="lead">The colour of a token shows the two components of the teacher’s signal for it: Δ_it (what the '
-        "question adds, given the reference) and Δ_ref (what the reference alone adds to the student). Green favours "
-        "the token, red disfavours it. Epistemic markers are bold. Point at a token, tap it, or use the arrow keys to "
-        "see its values.</p>",
+        '<p class="lead">The colour of a token shows the two components of the teacher’s signal: Δ_it (the effect of '
+        "the question, given the reference) and Δ_ref (the effect of the reference alone). Green favours the token, "
+        "red disfavours it. Epistemic markers are bold. Point at a token, tap it, or use the arrow keys to see its "
+        "values.</p>",
         _readers(shown),
         '<h2 id="push">Push of each component</h2>',
         '<p class="lead">First-order change of the student’s probabilities along each component, summed over all '
@@ -86,8 +86,8 @@ def _page(diagnosed: Diagnosed) -> str:
         + card(
             "Push on the markers",
             marker_push_table(summary),
-            note="Push on the markers that are a single token, per 1,000 tokens, and relative to their probability. "
-            "Markers of several tokens have no value.",
+            note="Push on markers that are a single token, per 1,000 tokens, and relative to their probability. "
+            "Markers with several tokens have no value.",
         )
         + "</div>",
         '<h2 id="position">By position in the response</h2>',

@@ -1,4 +1,4 @@
-"""The rules that answer the three questions about a run, each with one phrase."""
+"""The rules that answer the three questions about a run with one phrase each."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nemo_popsd.report.run import AFTER, BEFORE, RunData, Validation
 
 Z95 = 1.959964
 KEPT = 0.10
-"""Relative change of the marker rate and of the length up to which a model counts as having kept thinking."""
+"""Maximum relative change of marker rate and length for which the model is said to keep thinking."""
 
 RESAMPLES = 10000
 """Number of bootstrap resamples if the run's configuration does not state it."""
 UNCHANGED = 0.01
-"""Relative push on the markers up to which a target counts as not changing them."""
+"""Maximum relative push on the markers for which the target is said not to change them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the ends of its 95 % interval, which are None if it was not measured."""
+    """A value with the ends of its 95 % interval, which are None if the interval was not measured."""
 
     value: float
     low: float | None
@@ -53,7 +53,7 @@ def accuracy(validation: Validation | None) -> Interval | None:
 
 
 def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
-    """The difference of a result after and before training, times `scale`.
+    """The difference of a result between after and before training, times `scale`.
 
     If the scores of both evaluations are stored, the interval is a paired bootstrap over the problems. Otherwise it
     treats the two results as independent, which overestimates the interval for results on the same problems.
@@ -75,8 +75,9 @@ def change(run: RunData, name: str, scale: float = 1.0) -> Interval | None:
 
 @lru_cache(maxsize=64)
 def paired_changes(run: RunData) -> Mapping[str, Change]:
-    """The change of each statistic between the first and the last evaluation of a run, over the problems of both; empty
-    if the scores of one are not stored.
+    """The change of each statistic between the first and the last evaluation of a run, over the common problems.
+
+    Empty if the scores of an evaluation are not stored.
     """
     ends = [one.directory for one in (run.before, run.after) if one is not None and one.directory is not None]
     if len(ends) < 2:
@@ -84,12 +85,12 @@ def paired_changes(run: RunData) -> Mapping[str, Change]:
     try:
         before, after = (Evaluation.read(EvaluationDirectory(directory)) for directory in ends)
         return changes_between(before, after, resamples=run.setting("evaluation.resamples") or RESAMPLES)
-    except (UserError, TypeError, ValueError):  # incomplete, of another version, or of other problems
+    except (UserError, TypeError, ValueError):  # incomplete, by another version, or on other problems
         return {}
 
 
 def accuracy_verdict(run: RunData) -> str:
-    """Whether the accuracy changed, that is whether the interval of its change excludes 0."""
+    """Whether the accuracy changed, i.e. whether the interval of its change excludes 0."""
     difference = change(run, "accuracy", 100.0)
     if difference is None:
         return "not measured"
@@ -112,7 +113,7 @@ def relative_change(run: RunData, name: str) -> float | None:
 
 
 def thinking_verdict(run: RunData) -> str:
-    """Whether the model kept thinking, that is whether marker rate and length changed by at most `KEPT`."""
+    """Whether the model kept thinking, i.e. whether marker rate and length changed by at most `KEPT`."""
     markers, length = (relative_change(run, name) for name in ("markers_per_1000_tokens", "mean_tokens"))
     if markers is None or length is None:
         return "not measured"
@@ -125,7 +126,7 @@ def thinking_verdict(run: RunData) -> str:
 
 
 def target_summary(run: RunData) -> Summary | None:
-    """The summary of the diagnosis before training, else of any other."""
+    """The summary of the diagnosis before training, otherwise that of any other diagnosis."""
     for name in (BEFORE, AFTER, *run.diagnoses):
         if name in run.diagnoses:
             return run.diagnoses[name].summary

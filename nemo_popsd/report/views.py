@@ -19,7 +19,7 @@ _Column = tuple[str, str, int, float, bool]
 _MAIN: tuple[_Column, ...] = (
     ("gain", "gain, points per nat", 1, 1.0, True),
     ("accuracy", "accuracy of the teacher, %", 1, 100.0, False),
-    ("uncertain_teacher_over_reference", "teacher less reference-only teacher, uncertain tokens", 3, 1.0, True),
+    ("uncertain_teacher_over_reference", "teacher minus reference-only teacher, uncertain tokens", 3, 1.0, True),
     ("markers", "markers per 1,000 tokens", 2, 1.0, True),
     ("length_share", "tokens per end, %", 0, 100.0, True),
 )
@@ -28,30 +28,30 @@ _CONTINUATIONS: tuple[_Column, ...] = (
     ("teacher", "teacher", 3, 1.0, False),
     ("reference_only", "reference-only teacher", 3, 1.0, False),
     ("target", "target", 3, 1.0, False),
-    ("teacher_over_reference", "teacher less reference-only teacher", 3, 1.0, True),
-    ("target_over_student", "target less student", 3, 1.0, True),
+    ("teacher_over_reference", "teacher minus reference-only teacher", 3, 1.0, True),
+    ("target_over_student", "target minus student", 3, 1.0, True),
 )
 _SIGNAL: tuple[_Column, ...] = (
     *((statistic.name, statistic.symbol, 2, 1.0, False) for statistic in SIGNAL_STATISTICS),
     ("distance", "KL(target ‖ student), nats per token", 4, 1.0, False),
-    ("accuracy_over_student", "accuracy of the teacher less the student's, points", 1, 100.0, True),
+    ("accuracy_over_student", "accuracy of the teacher minus that of the student, points", 1, 100.0, True),
 )
 _NOTES = {
-    "scores": "The gain is the change of the accuracy, to first order, of a step along the gradient of the loss that "
-    "changes the log-probability of an answer by one nat. Markers and ends are those of the target at the states that "
-    "the student visits, less the student's. What is approximated: docs/method.md.",
-    "fork": "Probability of the right of two continuations, at the first token in which a right and a wrong answer to "
-    "the same problem differ.",
-    "uncertain": "How much more probability goes to the tokens of right answers than to those of wrong ones, above "
-    "what goes to the student's tokens on average, where the student is uncertain.",
+    "scores": "The gain is the first-order change of the accuracy for a step along the gradient of the loss that "
+    "changes the log-probability of an answer by one nat. Markers and ends are differences between target and student "
+    "at the states that the student visits. docs/method.md lists the approximations.",
+    "fork": "Probability of the right continuation among two, at the first token in which a right and a wrong answer "
+    "to the same problem differ.",
+    "uncertain": "Additional probability of tokens of right answers compared with tokens of wrong answers, relative to "
+    "the average over the student's tokens, where the student is uncertain.",
 }
 
 
 def write_views_page(directory: Path) -> Path:
-    """Writes `index.html` beside the scores in `directory`, and returns its path.
+    """Writes `index.html` next to the scores in `directory`, and returns its path.
 
     Raises:
-        UserError: `directory` does not hold scores of views.
+        UserError: `directory` does not contain scores of views.
     """
     scores = read_views(directory)
     if scores is None:
@@ -70,7 +70,7 @@ def write_views_page(directory: Path) -> Path:
 
 
 def section(runs: Sequence[RunData]) -> str:
-    """The scores that the directories of `runs` hold; "" if there are none."""
+    """The scores in the directories of `runs`; "" if there are none."""
     shown = [(run, scores) for run in runs for scores in run.views]
     return "".join(
         (f"<h3>{esc(run.name)}: {esc(scores['name'])}</h3>" if len(shown) > 1 else "") + _body(scores)
@@ -108,11 +108,9 @@ def _body(scores: ViewScores) -> str:
     verdicts = "".join(f"<li>{esc(candidate['verdict'])}</li>" for candidate in candidates)
     cards = [
         card("Scores", _table(candidates, _MAIN, student=scores["student"]), note=_NOTES["scores"]),
+        card("Right against wrong, first difference", _table(candidates, _CONTINUATIONS, "fork_"), note=_NOTES["fork"]),
         card(
-            "Right against wrong where answers part", _table(candidates, _CONTINUATIONS, "fork_"), note=_NOTES["fork"]
-        ),
-        card(
-            "Right against wrong at uncertain tokens",
+            "Right against wrong, uncertain tokens",
             _table(candidates, _CONTINUATIONS, "uncertain_"),
             note=_NOTES["uncertain"],
         ),

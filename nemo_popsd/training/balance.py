@@ -1,4 +1,4 @@
-"""Assigning rollouts to data-parallel ranks by equal work, and to the updates of a step."""
+"""Assigns rollouts to the updates of a step and, balanced by cost, to data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def rebalance(
 ) -> list[list[Trajectory]]:
     """This rank's trajectories for each update of a step, assigned by their lengths.
 
-    Update u takes the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout; with
-    `by_row`, the rows u, u + updates, ... with all their trajectories, which then are on one rank. Within each
-    update they are assigned so that every rank computes about the same number of tokens. The responses themselves do
-    not depend on this.
+    Update u uses the trajectories u, u + updates, ... of the step, counted over all ranks, in any layout. With
+    `by_row` it uses the rows u, u + updates, ... with all their trajectories, which are then on one rank. Within an
+    update, trajectories are assigned so that every rank computes about the same number of tokens. The responses do not
+    depend on the assignment.
 
     Every rank gathers all trajectories of the step as objects (one gather over `group`; token ids and texts, about 4
     bytes for each token of a row's contexts) and computes the same assignment.
 
     Args:
-        trajectories: of this rank; those of all ranks together are the step.
+        trajectories: trajectories of this rank; those of all ranks form the step.
         group: data-parallel group.
         updates: number of updates.
         by_row: whether rows have several trajectories.
-        shared: whether the frozen branches compute the prompts of a row once.
+        shared: whether the frozen branches compute the prompts of a row only once.
 
     Returns:
         One list for each update.
@@ -55,14 +55,14 @@ def rebalance(
 
 
 def _cost(unit: Sequence[Trajectory], *, shared: bool) -> int:
-    """Work of one rank for trajectories of a row."""
+    """Cost for one rank of trajectories of the same row."""
     contexts = unit[0].row.contexts
     prompts = len(contexts.student) + len(contexts.privileged) + len(contexts.reference)
     return sum(trajectory.cost for trajectory in unit) - shared * (len(unit) - 1) * prompts
 
 
 def balanced_shares(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `costs` for each rank: the most expensive first, each to the rank with the least cost so far.
+    """Indices of `costs` for each rank, assigned by decreasing cost, each to the rank with the smallest sum so far.
 
     No rank has more than 4/3 of the smallest possible maximum (Graham's bound for this rule). Deterministic; each share
     is in ascending order. With fewer costs than ranks, some shares are empty.

@@ -1,8 +1,8 @@
 """The frozen branches: hidden states of base, privileged teacher and reference-only teacher at each response token.
 
-All are the same weights θ₀ on different contexts, so the contexts of all rollouts go through the model together,
-in as few forwards as the token budget allows. Hidden states are kept, never logits: under context parallelism
-those of the tokens that this rank owns, on the last pipeline stage alone.
+The branches apply the same weights θ₀ to different contexts, so the contexts of all rollouts are batched into as few
+forwards as the token budget allows. Hidden states are kept, never logits. They are kept only on the last pipeline
+stage, and with context parallelism only for the tokens that this rank owns.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TargetStates:
-    """What determines the target distribution at each of the R response tokens that this rank owns of a trajectory."""
+    """The inputs of the target distribution at the R response tokens of a trajectory that this rank owns."""
 
     vectors: HiddenPair
-    """[R, H] each."""
+    """Vectors of the target, [R, H] each."""
     diagnosed: DiagnosedTokens | None
     """Tokens sampled for diagnosis."""
 
     def on_host(self) -> TargetStates:
-        """The same states in host memory, pinned if there is a GPU."""
+        """A copy in host memory, pinned if there is a GPU."""
         tokens = self.diagnosed
         if tokens is not None:
             tokens = replace(tokens, privileged=_to_host(tokens.privileged), reference=_to_host(tokens.reference))
@@ -56,7 +56,7 @@ class FrozenBranches:
     """Runs the branches that a target needs.
 
     Attributes:
-        computed: tokens that went through the base in the last call, over all ranks that shared them.
+        computed: tokens that the frozen model processed in the last call, over all ranks that shared them.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class FrozenBranches:
         on_host: bool = False,
         fp8: FP8Config | None = None,
     ) -> None:
-        """Keeps references only.
+        """Stores references only.
 
         Args:
-            anchor: the weights of the base branch.
-            teacher: those of both teachers; with the same object for both, all branches are one batch of forwards.
-            target: branches whose coefficient is 0 are not run.
-            token_budget: tokens of one forward, padding included.
-            diagnosed_tokens: response tokens per call to keep for diagnosis, which needs both teachers.
+            anchor: weights of the base branch.
+            teacher: weights of both teachers. If it is the same object as `anchor`, all branches share their forwards.
+            target: the target; branches whose coefficient is 0 are skipped.
+            token_budget: tokens of one forward, including padding.
+            diagnosed_tokens: response tokens per call to keep for the diagnosis, which needs both teachers.
             packed: concatenate sequences instead of padding them.
-            shared_cache_tokens: compute each distinct prefix once, with keys and values of at most this many positions
-                kept between forwards; None computes each sequence separately.
+            shared_cache_tokens: compute each distinct prefix once, and keep the keys and values of at most this many
+                positions between forwards; None computes each sequence separately.
             on_host: keep the states in host memory until the loss needs them.
-            fp8: whether the linears compute in FP8 (`frozen`), and how.
+            fp8: whether (`frozen`) and how the linear layers compute in FP8.
         """
         self._weights = {"base": anchor, "privileged": teacher, "reference": teacher}
         self._target = target
@@ -109,7 +109,7 @@ class FrozenBranches:
         }
         hidden: list[Tensor] = []
         split, self.computed = None, TokenCount()
-        for weights in dict.fromkeys(self._weights[name] for name in names):  # the order of the names
+        for weights in dict.fromkeys(self._weights[name] for name in names):  # in the order of `names`
             own = [name for name in names if self._weights[name] is weights]
             sequences = [sequence for name in own for sequence in contexts[name]]
             with weights.model() as chunks, in_fp8(chunks, self._fp8, "frozen"):
@@ -137,7 +137,7 @@ class FrozenBranches:
     def _hidden_states(
         self, chunks: Sequence[ModelChunk], sequences: Sequence[ContextSequence]
     ) -> tuple[list[Tensor], TokenCount]:
-        """Hidden states of each sequence, and the number of computed tokens."""
+        """Hidden states of each sequence, and the number of tokens computed for them."""
         if self._shared_cache_tokens is not None:
             reason = why_not_shared(chunks)
             if reason is None:
@@ -148,7 +148,7 @@ class FrozenBranches:
         return frozen_hidden_states(chunks, batches), TokenCount.of(batches)
 
     def _sample(self, trajectories: Sequence[Trajectory], split: SequenceSplit) -> list[Tensor] | None:
-        """Indices of response tokens, evenly spaced over all trajectories, by trajectory; the same for any split."""
+        """Indices of evenly spaced response tokens, by trajectory; the same for any split of the sequences."""
         lengths = [len(t.rollout.response) for t in trajectories]
         total = sum(lengths)
         count = min(self._diagnosed_tokens, total)

@@ -1,17 +1,15 @@
-"""Notices that a run leaves the range of its own first steps: responses that grow or shrink, thinking that stops, text
-that repeats.
+"""Detects that a run leaves the range of its first steps: responses grow or shrink, thinking stops, or text repeats.
 
-A two-sided CUSUM for each quantity (E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954; D. C. Montgomery,
+Each quantity has a two-sided CUSUM (E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954; D. C. Montgomery,
 "Introduction to Statistical Quality Control", chapter 9). With μ and σ of the first m steps, z = (x − μ) / σ and
 
-    S⁺ ← max(0, S⁺ + z − k)        S⁻ ← max(0, S⁻ − z − k)        alarm where either exceeds h
+    S⁺ ← max(0, S⁺ + z − k)        S⁻ ← max(0, S⁻ − z − k)        alarm if either exceeds h
 
-k is half a σ, as usual, plus σ/√m, the standard error of μ, plus the change that is tolerated: training is meant to
-change the model, so a lasting change of a few per cent is no alarm. The change began after the last step at which the
-sum was 0. Where the standard error of a value is known, as of an accuracy, the first value alone is μ and its standard
-error is σ.
+k is the sum of σ/2 (as usual), σ/√m (the standard error of μ) and the tolerated change: training is meant to change the
+model, so a lasting change of a few per cent raises no alarm. The change began after the last step at which the sum was
+0. If the standard error of a value is known, as for an accuracy, μ is the first value and σ its standard error.
 
-This module needs no torch.
+This module does not need torch.
 """
 
 from __future__ import annotations
@@ -24,13 +22,14 @@ from dataclasses import dataclass, field
 from nemo_popsd.training.config import DriftConfig
 
 PREFIX = "guard/"
-"""Prefix of the metric that records an alarm: `guard/NAME` at its step is the last step before the change, negative
-where the quantity fell."""
+"""Prefix of the metric that records an alarm. `guard/NAME`, logged at the step of the alarm, is the last step before
+the change; it is negative if the quantity fell.
+"""
 
 _ALLOWANCE = 0.5
-"""k in standard deviations: half of the shift that is found fastest."""
+"""k in standard deviations: half of the shift that is detected fastest."""
 _LEAST_SPREAD = 0.3
-"""Least standard deviation, as a share of the tolerated change, in case the first steps are nearly equal."""
+"""Minimum standard deviation as a share of the tolerated change, in case the first steps are nearly equal."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,18 @@ class Quantity:
     """A monitored quantity."""
 
     metric: str
-    """Name of the quantity in metrics.jsonl."""
+    """Name of the metric in metrics.jsonl."""
     meaning: str
-    """Description of the quantity in a message."""
+    """Description for messages."""
     slack: float
-    """Factor of `guard.drift.slack` that gives the tolerated change."""
+    """Factor that is multiplied with `guard.drift.slack` to obtain the tolerated change."""
     error: str = ""
     """Name of the metric with its standard error; empty if it has none."""
     is_share: bool = False
-    """Whether the tolerated change is absolute, as of a share that starts at 0, and not relative to the baseline."""
+    """Whether the tolerated change is absolute, as for a share that starts at 0, not relative to the baseline."""
 
     def tolerated(self, baseline: float, slack: float) -> float:
-        """The change that is no alarm."""
+        """The change that raises no alarm."""
         return self.slack * slack * (1.0 if self.is_share else abs(baseline))
 
 
@@ -68,9 +67,9 @@ QUANTITIES = {
         is_share=True,
     ),
 }
-"""Quantities by name of their setting `guard.drift.NAME`."""
+"""Quantities by the name of their setting `guard.drift.NAME`."""
 METRICS = [name for quantity in QUANTITIES.values() for name in (quantity.metric, quantity.error) if name]
-"""Names of the metrics that are needed."""
+"""Names of the metrics that the detectors read."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,15 @@ class Alarm:
     """Key of `QUANTITIES`."""
     rose: bool
     value: float
-    """At the step of the alarm."""
+    """Value at the step of the alarm."""
     baseline: float
     """Mean of the first steps."""
     onset: int
-    """Last step before the change, as far as the sums tell."""
+    """Last step before the change, as estimated from the sums."""
 
     @property
     def entry(self) -> dict[str, float]:
-        """The logged entry; see `PREFIX`."""
+        """The metric to log; see `PREFIX`."""
         return {PREFIX + self.name: float(self.onset if self.rose else -self.onset)}
 
     def __str__(self) -> str:
@@ -108,8 +107,8 @@ class Cusum:
     """The detector of one quantity.
 
     Args:
-        quantity: its tolerated change.
-        settings: m, slack and h.
+        quantity: determines the tolerated change.
+        settings: determine m, slack and h.
     """
 
     quantity: Quantity
@@ -121,14 +120,14 @@ class Cusum:
 
     @property
     def suspected(self) -> list[int]:
-        """The last step before each change that the sums show and that is no alarm yet."""
+        """The last step before each change that the sums indicate and that has not raised an alarm yet."""
         return [self._onset[rose] for rose, total in self._sums.items() if total > 0]
 
     def update(self, step: int, value: float, error: float = 0.0) -> tuple[bool, int, float] | None:
-        """Takes the value of a step, and its standard error if it is known; values that are not finite are left out.
+        """Adds the value of a step, and its standard error if known. Non-finite values are ignored.
 
         Returns:
-            Whether it rose, the last step before the change, and the baseline; None while the sums are within bounds.
+            Whether the quantity rose, the last step before the change, and the baseline; None without an alarm.
         """
         if not math.isfinite(value):
             return None
@@ -153,22 +152,22 @@ class Cusum:
 
 
 class DriftWatch:
-    """All detectors of a run. A quantity has at most one alarm."""
+    """All detectors of a run. A quantity raises at most one alarm."""
 
     def __init__(self, settings: DriftConfig) -> None:
-        """Watches the quantities whose setting is not `off`."""
+        """Monitors the quantities whose setting is not `off`."""
         self._detectors = {
             name: Cusum(quantity, settings) for name, quantity in QUANTITIES.items() if settings.action(name) != "off"
         }
 
     def suspected(self, name: str) -> list[int]:
-        """The last step before each change of `name` that may become an alarm."""
+        """The last step before each change of `name` that may still raise an alarm."""
         return self._detectors[name].suspected if name in self._detectors else []
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Takes the metrics of a step, by their names in metrics.jsonl; those that are absent are left out.
+        """Adds the metrics of a step, by their names in metrics.jsonl, and returns new alarms. Metrics may be absent.
 
-        A recorded alarm (see `PREFIX`), as of a run that is resumed, ends the watch of its quantity.
+        An alarm recorded in `metrics` (see `PREFIX`), as in a resumed run, ends the monitoring of its quantity.
         """
         alarms = []
         for name, detector in list(self._detectors.items()):

@@ -1,4 +1,4 @@
-"""Stops every rank when a loss, gradient or weight is not finite, and names the rows whose loss is not finite."""
+"""Stops all ranks if a loss, gradient or weight is not finite, and names the rows whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from nemo_popsd.training.objective import LossReport
 
 
 class NonFiniteError(RuntimeError):
-    """NaN or Inf in a loss or gradient before the update, or in weights after it. Nothing has been saved since."""
+    """NaN or Inf in a loss or gradient before the update, or in weights after it. Neither has been saved."""
 
 
 def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequence[str], grad_norm: float) -> None:
     """Raises the same error on every rank if a loss on any rank, or the gradient norm, is not finite.
 
-    The host waits once for the device. Collectives over the world: one all-reduce of one number, and one gather of
-    names if something is not finite.
+    One host synchronization. Collectives over the world: one all-reduce of one number, and one gather of names if a
+    value is not finite.
 
     Args:
         step: index of the step, counted from 1.
-        reports: of this rank's micro-batches; none where another pipeline stage has the loss.
+        reports: reports of this rank's micro-batches; empty if another pipeline stage computes the loss.
         row_ids: ids of this rank's trajectories.
         grad_norm: global gradient norm.
 
     Raises:
-        NonFiniteError: naming the step, the ranks and the rows.
+        NonFiniteError: a value is not finite; the message names the step, the ranks and the rows.
     """
     bad = [row_ids[index] for index in _non_finite_sequences(reports)]
     if not on_any_rank(bool(bad) or not math.isfinite(grad_norm)):
@@ -46,18 +46,18 @@ def refuse_non_finite(step: int, reports: Sequence[LossReport], row_ids: Sequenc
 def refuse_non_finite_update(step: int, parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> None:
     """Raises the same error on every rank if a weight on any rank is not finite after the update of a step.
 
-    A finite gradient may have an update that is not, for example with a very large learning rate. Without this check
-    the last step of a run would save such weights, and an earlier one would be reported as a fault of the next rows.
+    A finite gradient may cause a non-finite update, e.g. with a very large learning rate. Without this check, the last
+    step of a run would save such weights, and an earlier step would be reported as an error in the next rows.
 
     Collective over the world: one all-reduce of one number.
 
     Args:
         step: index of the step, counted from 1.
-        parameters: those that are trained.
-        learning_rate: of the update.
+        parameters: trained parameters.
+        learning_rate: learning rate of the update.
 
     Raises:
-        NonFiniteError: naming the step and the learning rate.
+        NonFiniteError: a weight is not finite; the message names the step and the learning rate.
     """
     if on_any_rank(non_finite(parameters)):
         raise NonFiniteError(
@@ -68,13 +68,13 @@ def refuse_non_finite_update(step: int, parameters: Iterable[torch.nn.Parameter]
 
 
 def non_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether any number in `tensors` is NaN or Inf. The host waits once for the device."""
+    """Whether any number in `tensors` is NaN or Inf. One host synchronization."""
     finite = [torch.isfinite(tensor.detach()).all() for tensor in tensors]
     return bool(finite) and not bool(torch.stack(finite).all())
 
 
 def _non_finite_sequences(reports: Sequence[LossReport]) -> list[int]:
-    """Indices of the trajectories with a per-token loss that is NaN or Inf. The host waits once for the device."""
+    """Indices of the trajectories with a per-token loss that is NaN or Inf. One host synchronization."""
     if not reports:
         return []
     finite = torch.cat([torch.isfinite(report.per_token) for report in reports]).cpu()

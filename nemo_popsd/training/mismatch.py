@@ -1,13 +1,13 @@
-"""Compares the rollout engine with the trainer: the log-probabilities that both give to the sampled tokens.
+"""Compares the log-probabilities of the sampled tokens in the rollout engine and in the trainer.
 
-On-policy training assumes that they agree up to rounding. The engine reports the log-probability of every token that it
-samples; the student's first forward pass of the step has its own. Both are those of the model itself: temperature 1,
-nothing filtered. With Δ = log π_trainer − log π_engine of a token and r = e^Δ,
+On-policy training assumes that they agree up to rounding. The engine reports the log-probability of every sampled
+token; the trainer's are from the student's first forward pass of the step. Both refer to the model itself, at
+temperature 1 and without filters. With Δ = log π_trainer − log π_engine of a token and r = e^Δ,
 
-    KL(engine ‖ trainer) ≈ mean of r − 1 − Δ        (Schulman's k3: never negative, 0 where both agree)
+    KL(engine ‖ trainer) ≈ mean of r − 1 − Δ        (Schulman's k3: never negative, 0 if both agree)
 
-Rounding gives small values of either sign; adapters that were not sent, weights of another step or another prompt give
-large ones, most of them in the first tokens of a response, before its own text determines what follows.
+Rounding causes small |Δ|. Missing adapters, weights of a different step or a different prompt cause large |Δ|, mostly
+in the first tokens of a response, before the text of the response determines its continuation.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from nemo_popsd.training.trajectory import Trajectory
 logger = logging.getLogger(__name__)
 
 START_TOKENS = 32
-"""Tokens at the start of each response that are also compared by themselves."""
+"""Number of tokens at the start of each response that are also compared separately."""
 
 LARGEST_DIFFERENCE = 20.0
-"""Differences are cut here, so that one token with probability 0 does not make every figure infinite."""
+"""Differences are clamped to this value, so that a token with probability 0 does not make statistics infinite."""
 
 _WARN = {True: 1e-7, False: 2e-2}
 _STOP = {True: 1e-6, False: 1e-1}
@@ -44,12 +44,12 @@ _STOP = {True: 1e-6, False: 1e-1}
 False: bf16 rounds to 1e-5 in the embedded model and to about 1e-3 in models of billions of parameters."""
 
 CAUSES = (
-    "template: the engine sees another prompt than the trainer (a tokenizer or chat template of its own, an added or "
-    "dropped token)",
-    "weights version: the engine has the weights of another step, or of none (after it woke up or was restarted)",
-    "adapters: the engine generates without the adapters, or with older ones (rollout.vllm.lora=merged sends merged "
+    "template: the prompts of engine and trainer differ (different tokenizers or chat templates, an added or dropped "
+    "token)",
+    "weights version: the engine has the weights of another step, or none of the run (after it woke up or restarted)",
+    "adapters: the engine generates without the adapters or with older ones (rollout.vllm.lora=merged sends merged "
     "weights instead)",
-    "dtype: the engine computes in another precision (rollout.vllm.dtype)",
+    "dtype: the engine computes in a different precision (rollout.vllm.dtype)",
     "temperature: the engine reports log-probabilities after temperature or filters, not those of the model",
 )
 """Likely causes of a mismatch, the most frequent first."""
@@ -57,18 +57,18 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class MismatchBounds:
-    """KL per token from which on a mismatch is reported, and from which on it ends the run."""
+    """KL per token above which a mismatch is reported, and above which it ends the run."""
 
     warn: float
     stop: float
 
     @classmethod
     def of(cls, guard: GuardConfig, *, exact: bool) -> MismatchBounds:
-        """The settings, or defaults for engines that round (`exact` is false) or that compute in fp32 like the trainer.
+        """The bounds in `guard`, with defaults that depend on `exact`.
 
         Args:
             guard: the settings.
-            exact: both compute in fp32, and with the same weights.
+            exact: whether engine and trainer compute in fp32 with the same weights.
         """
         stop = _STOP[exact] if guard.mismatch_stop is None else guard.mismatch_stop
         warn = min(stop, _WARN[exact]) if guard.mismatch_warn is None else guard.mismatch_warn
@@ -76,15 +76,15 @@ class MismatchBounds:
 
 
 class MismatchGuard:
-    """Measures the mismatch of each step, warns, and stops all ranks."""
+    """Measures the mismatch of each step; warns or stops all ranks if it exceeds the bounds."""
 
     def __init__(self, settings: GuardConfig, bounds: MismatchBounds, split: SequenceSplit) -> None:
-        """Keeps references only.
+        """Stores references only.
 
         Args:
-            settings: what to do.
-            bounds: from which values on.
-            split: how sequences are split over ranks, which determines the tokens that this rank reports.
+            settings: the actions.
+            bounds: the bounds.
+            split: split of the sequences over ranks, which determines the tokens that this rank reports.
         """
         self._settings = settings
         self._bounds = bounds
@@ -94,20 +94,20 @@ class MismatchGuard:
     def __call__(
         self, step: int, reports: Sequence[LossReport], trajectories: Sequence[Trajectory]
     ) -> MismatchMetrics | None:
-        """Measures the mismatch of one step; one all-gather of seven numbers over the world.
+        """Measures the mismatch of one step. One all-gather of seven numbers over the world.
 
-        Call it before the weights change. Every token must be reported by one rank of those that share it.
+        Call it before the weights change. Of the ranks that share a token, exactly one must report it.
 
         Args:
             step: index of the step, counted from 1.
-            reports: of this rank's micro-batches in the first update of the step.
-            trajectories: this rank's, of that update.
+            reports: reports of this rank's micro-batches in the first update of the step.
+            trajectories: this rank's trajectories of that update.
 
         Returns:
-            The same on every rank; None if no rank has a token.
+            The metrics, the same on every rank; None if no rank has a token.
 
         Raises:
-            UserError: on every rank, with `guard.mismatch=stop` and a KL beyond the bound. No weight has changed.
+            UserError: with `guard.mismatch=stop`, the KL exceeds the bound. Raised on every rank, before the update.
         """
         measured = _measure(_sums(reports, trajectories, self._split, self._settings.mismatch_token))
         if measured is None or self._settings.mismatch == "off":
@@ -124,8 +124,8 @@ class MismatchGuard:
         beyond = worst > self._bounds.warn
         if beyond and not self._warned:
             logger.warning(
-                "step %d: the engine's log-probabilities of the sampled tokens differ from the trainer's: %s; warned "
-                "from %g on (guard.mismatch_warn). Likely causes: %s",
+                "step %d: the engine's log-probabilities of the sampled tokens differ from the trainer's: %s; the "
+                "warning threshold is %g (guard.mismatch_warn). Likely causes: %s",
                 step,
                 _words(measured),
                 self._bounds.warn,
@@ -146,8 +146,8 @@ def _words(measured: MismatchMetrics) -> str:
 def _sums(
     reports: Sequence[LossReport], trajectories: Sequence[Trajectory], split: SequenceSplit, bound: float
 ) -> Tensor:
-    """Sums of this rank: tokens, Σ k3, Σ r, tokens beyond the bound, tokens at the start, Σ k3 of these; and the
-    largest |Δ|: [7] float64.
+    """Sums of this rank, float64 [7]: tokens, Σ k3, Σ r, tokens beyond the bound, tokens at the start, Σ k3 of these;
+    last the largest |Δ|.
     """
     if not reports:
         return torch.zeros(7, dtype=torch.float64, device=device())
@@ -160,7 +160,7 @@ def _sums(
         is_start += [position < START_TOKENS for position in range(len(rollout.response))[owned]]
     trainer_N = torch.cat([report.log_probs for report in reports]).double()
     difference_N = trainer_N - torch.tensor(engine, dtype=torch.float64).to(trainer_N.device)
-    # A NaN counts as the largest difference.
+    # NaN is replaced by the largest difference.
     difference_N = difference_N.nan_to_num(nan=math.inf).clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
     ratio_N, start_N = difference_N.exp(), torch.tensor(is_start, device=trainer_N.device)
     kl_N, size_N = ratio_N - 1 - difference_N, difference_N.abs()
@@ -178,7 +178,7 @@ def _sums(
 
 
 def _measure(own: Tensor) -> MismatchMetrics | None:
-    """Figures over all ranks. One all-gather."""
+    """The metrics over all ranks. One all-gather."""
     of_ranks = own.new_empty(dist.get_world_size(), len(own))
     dist.all_gather_into_tensor(of_ranks.flatten(), own)
     *_, largest = of_ranks.amax(0).tolist()

@@ -31,21 +31,21 @@ class LossReport:
     """Detached results of one micro-batch."""
 
     rows: list[int]
-    """Indices of its trajectories."""
+    """Indices of the trajectories."""
     response_lengths: list[int]
-    """Response tokens of each that this rank owns."""
+    """For each trajectory, number of response tokens that this rank owns."""
     loss: Tensor
     """Σ share · divergence over open tokens, this micro-batch's part of the global loss; a scalar."""
     counted: Tensor
-    """Number of its tokens that are open and have a share above 0; a scalar."""
+    """Number of tokens that are open and have a share above 0; a scalar."""
     per_token: Tensor
-    """[N] divergence."""
+    """Divergence of each token [N]."""
     statistics: StatisticValues
-    """`TOKEN_STATISTICS` of its tokens [N]."""
+    """`TOKEN_STATISTICS` of the tokens [N]."""
     decomposition: StatisticValues | None
-    """`SIGNAL_STATISTICS` of its diagnosed tokens [D]."""
+    """`SIGNAL_STATISTICS` of the diagnosed tokens [D]."""
     log_probs: Tensor
-    """[N] log-probabilities of its response tokens under the student, at temperature 1."""
+    """Log-probabilities of the response tokens under the student at temperature 1 [N]."""
 
 
 class Objective:
@@ -62,9 +62,9 @@ class Objective:
         gates: Gates | None = None,
         output: Callable[[], OutputMatrix] | None = None,
     ) -> None:
-        """Keeps references only; see `nemo_popsd.distillation.config` for the arguments.
+        """Stores references only; see `nemo_popsd.distillation.config` for the arguments.
 
-        Without `output`, the frozen branches have the output matrix of the student's base.
+        `output` returns the output matrix of the frozen branches, by default that of the student's base.
         """
         self._student = student
         self.target = target
@@ -75,7 +75,7 @@ class Objective:
         self._output = output or (lambda: OutputMatrix(lambda: student.base_weight, lambda: student.centre))
 
     def with_target(self, target: Target) -> Objective:
-        """The same divergence from another target of the student's base, on all tokens: without gates."""
+        """An objective with the same divergence, another target of the student's base, and no gates."""
         return Objective(self._student, target, self.divergence, chunk_tokens=self._chunk_tokens, fused=self._fused)
 
     def __call__(
@@ -85,9 +85,9 @@ class Objective:
 
         Args:
             batch: the micro-batch.
-            hidden_NH: the student's states that predict its response tokens.
-            states: target states of all of this rank's trajectories, on any device.
-            shares: fp32, of the response tokens that this rank owns of each of its trajectories, on the device of
+            hidden_NH: hidden states of the student that predict the response tokens.
+            states: target states of all trajectories of this rank, on any device.
+            shares: for each trajectory of this rank, shares of the response tokens that it owns, fp32, on the device of
                 `hidden_NH`; see `training.weights`.
         """
         student, batch_states = self._student, [states[row] for row in batch.sequences]
@@ -129,7 +129,7 @@ def _counted(share_N: Tensor, open_N: Tensor | None) -> Tensor:
 
 
 def _joined(vectors: Sequence[HiddenPair], device: torch.device) -> HiddenPair:
-    """The vectors of several trajectories, one after the other, on `device`."""
+    """The concatenated vectors of several trajectories, on `device`."""
     anchors = [pair.anchor for pair in vectors if pair.anchor is not None]
     shifts = [pair.shift for pair in vectors if pair.shift is not None]
     return HiddenPair(
@@ -143,7 +143,7 @@ def _concatenated(parts: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _diagnosed(batch: MicroBatch, states: Sequence[TargetStates], device: torch.device) -> DiagnosedTokens | None:
-    """The diagnosed tokens of several trajectories, by their index in the micro-batch."""
+    """The diagnosed tokens of several trajectories, with their indices in the micro-batch."""
     tokens = [state.diagnosed for state in states if state.diagnosed is not None]
     if len(tokens) < len(states):
         return None

@@ -1,4 +1,4 @@
-"""Reads the text of a response in a step: markers, and whether the final answer is right."""
+"""Properties of the text of a response that a step uses: markers, and whether its final answer is right."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class ResponseReader:
     """Functions of a response's token ids."""
 
     count_markers: Callable[[Sequence[int]], int]
-    """Number of epistemic markers in its text."""
+    """Number of epistemic markers in the text."""
     marked: Callable[[Sequence[int]], Sequence[bool]]
-    """For each of its tokens, whether it belongs to a marker."""
+    """Whether each token belongs to a marker."""
     is_right: Callable[[Record, Sequence[int]], bool] | None
-    """Whether its final answer is that of the row, which has one; None where rows have no answers."""
+    """Whether the final answer matches that of the row, which must have one; None if rows have no answers."""
 
 
 def verified(trajectories: Sequence[Trajectory], reader: ResponseReader, student: Student) -> list[Trajectory]:
-    """`trajectories` with `right`, unchanged where rows have no answers.
+    """`trajectories` with the field `right`; unchanged if rows have no answers.
 
-    The leader of each replica compares, so that a comparison with a time limit has one outcome on all its ranks. One
-    gather of objects over the world, a byte for each response; none where rows have no answers.
+    The replica leader compares the answers, so that a comparison with a time limit has the same result on all ranks of
+    the replica. One gather of objects over the world, one byte per response; none if rows have no answers.
 
     Args:
-        trajectories: of this replica, the same on all its ranks.
-        reader: of the run.
-        student: for this rank's place among the others.
+        trajectories: trajectories of this replica, the same on all its ranks.
+        reader: reader of the run.
+        student: determines the position of this rank among the others.
     """
     is_right = reader.is_right
     if is_right is None:

@@ -1,17 +1,18 @@
-"""Measures how much of a response repeats itself. Needs no torch."""
+"""Repetition within a response. Does not need torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 SPAN = 8
-"""Tokens of a repeated passage."""
+"""Length of a repeated passage in tokens."""
 
 
 def repeated_tokens(response: Sequence[int], span: int = SPAN) -> int:
-    """Number of tokens that complete a passage of `span` tokens which the response had before.
+    """Number of tokens that complete a passage of `span` tokens that occurred earlier in the response.
 
-    A loop counts in full from its second round on; a formula that is written twice counts once it has `span` tokens.
+    A loop counts in full from its second iteration on; a formula that occurs twice counts if it has at least `span`
+    tokens.
     """
     seen: set[tuple[int, ...]] = set()
     repeated = 0

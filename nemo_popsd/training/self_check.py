@@ -1,4 +1,4 @@
-"""Before the first step: checks that branches, alignment and loss agree where they must."""
+"""Checks before the first step that branches, alignment and loss are consistent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_popsd.training.objective import LossReport, Objective
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
-"""Largest loss per token and gradient norm that still count as 0: kernels need not be bitwise repeatable on a GPU."""
+"""Largest loss per token and gradient norm that count as 0: GPU kernels may not be bitwise reproducible."""
 
 
 def check_student_equals_base(
@@ -32,24 +32,24 @@ def check_student_equals_base(
     *,
     packed: bool = False,
 ) -> None:
-    """With the student equal to the base and the PMI off (target = base), loss and gradient must be 0.
+    """Checks that loss and gradient are 0 if the student equals the base and the target is the base (no PMI).
 
-    Runs the student's forward and backward and the base's forward on `sequences`; gradients are cleared after.
+    Runs forward and backward of the student and forward of the base on `sequences`, then clears the gradients.
 
     Args:
-        student: before its first update.
-        optimizer: its optimizer.
-        objective: has divergence and settings; its target is replaced by the base alone.
-        sequences: some of the first step's student contexts with their responses.
-        token_budget: tokens of one forward and backward, padding included.
+        student: the student before its first update.
+        optimizer: the optimizer of the student.
+        objective: the objective; its target is replaced by the base.
+        sequences: some student contexts of the first step with their responses.
+        token_budget: tokens of one forward and backward pass, including padding.
         packed: concatenate sequences instead of padding them.
 
     Raises:
-        RuntimeError: on every rank alike; the message names what differs and what to check.
+        RuntimeError: loss or gradient is not 0; the message says what to check. Raised on every rank.
     """
     batches = student_batches(student.chunks, sequences, token_budget, packed=packed)
     with student.base.model() as base:
-        # In training mode, as the student: a GPU may use another attention kernel for evaluation, with other rounding.
+        # In training mode, like the student: a GPU may use an attention kernel with other rounding in evaluation mode.
         hidden = frozen_hidden_states(base, batches, training=True)
     base_target = Target(base=1.0, temperature=objective.target.temperature)
     base_objective = objective.with_target(base_target)
@@ -65,7 +65,7 @@ def check_student_equals_base(
     reports = forward_backward(optimizer.chunks, batches, loss)
     grad_norm = optimizer.prepare()
     optimizer.zero_grad()
-    # The 0 stands for a rank without tokens: another stage has the loss, or other ranks own all tokens.
+    # The 0 is for ranks without tokens: another stage computes the loss, or other ranks own all tokens.
     per_token = torch.cat([torch.zeros(1, device=device()), *(report.per_token for report in reports)])
     worst = all_reduce_max(float(per_token.abs().nan_to_num(nan=math.inf).max()))
     tolerance = TOLERANCE[next(student.chunks[0].parameters()).dtype]

@@ -1,4 +1,4 @@
-"""Several responses to one question: whether one of them is right, and how much they differ."""
+"""Statistics over several responses to one question: whether one is right, and how much they differ."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ _NGRAM = 4
 
 @dataclass
 class SiblingSums:
-    """Sums over the questions of a step on one rank, for means over all ranks."""
+    """Sums over the questions of a step on one rank, from which means over all ranks are computed."""
 
     questions: int = 0
-    """Questions with a finished response."""
+    """Number of questions with a finished response."""
     distinct: float = 0.0
     """Sum over questions of the share of distinct n-grams."""
     graded_questions: int = 0
-    """Questions whose answer is known."""
+    """Number of questions with a known answer."""
     solved: int = 0
-    """Those with at least one right response."""
+    """Number of these with at least one right response."""
 
 
 def sibling_sums(trajectories: Sequence[Trajectory]) -> SiblingSums:
-    """The sums over the questions of `trajectories`: all that belong to a question, or what of them a token budget let
-    end.
+    """The sums over the questions of `trajectories`.
+
+    Those of a question must be complete, except for responses that a token budget left unfinished.
     """
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
@@ -42,7 +43,7 @@ def sibling_sums(trajectories: Sequence[Trajectory]) -> SiblingSums:
 
 
 def distinct_share(responses: Sequence[Sequence[int]]) -> float:
-    """Share of distinct 4-grams of tokens among all of `responses`; a shorter response counts as one."""
+    """Share of distinct token 4-grams among all 4-grams of `responses`; a shorter response counts as one 4-gram."""
     ngrams = [
         tuple(response[begin : begin + _NGRAM])
         for response in responses

@@ -41,11 +41,10 @@ _CHECKED_SEQUENCES = 4
 
 
 class OnPolicyStep:
-    """Carries out training steps. Its only state is in `rollouts`, what is being generated for the next step, and in
-    `weights`.
+    """Runs training steps. Its only state is in `rollouts` (responses for the next step) and in `weights`.
 
     Attributes:
-        weights: of the frozen branches; copies that follow the student are part of a checkpoint.
+        weights: weights of the frozen branches; copies that follow the student are part of a checkpoint.
     """
 
     def __init__(
@@ -68,13 +67,13 @@ class OnPolicyStep:
             training: batches and updates.
             distillation: target and loss.
             student: the model and its base.
-            rollouts: where each step gets its trajectories.
+            rollouts: provides the trajectories of each step.
             reader: reads the text of responses.
-            weights: of the frozen branches.
-            mismatch: compares the log-probabilities of the rollouts with the student's; None does not.
-            complete: adds metrics that follow from those of a step and this rank's rows; without collectives.
-            share_prefixes: the frozen branches compute each distinct prefix once.
-            stopwatch: makes the stopwatch of a step.
+            weights: weights of the frozen branches.
+            mismatch: compares the log-probabilities of the rollouts with the student's; None omits the comparison.
+            complete: adds metrics derived from those of a step and this rank's rows, without collectives.
+            share_prefixes: whether the frozen branches compute each distinct prefix only once.
+            stopwatch: creates the stopwatch of a step.
         """
         self._stopwatch = stopwatch
         self._training = training
@@ -108,20 +107,21 @@ class OnPolicyStep:
     def __call__(
         self, step: int, rows: Sequence[PromptRow], optimizer: StudentOptimizer, update: Callable[[], None]
     ) -> StepMetrics:
-        """Carries out one step. Collective over all ranks.
+        """Runs one step. Collective over all ranks.
 
         Args:
             step: index of the step, counted from 1.
-            rows: of this data-parallel rank.
-            optimizer: of the student.
+            rows: rows of this data-parallel rank.
+            optimizer: optimizer of the student.
             update: steps `optimizer` and counts the update; called `training.updates_per_step` times.
 
         Raises:
-            NonFiniteError: on every rank, before the update, or after it if a weight is not finite.
+            NonFiniteError: a loss or gradient before the update, or a weight after it, is not finite. Raised on every
+                rank.
             RuntimeError: the self-check before step 1 failed.
-            StopRequested: on every rank, before anything was trained on.
-            UserError: the rollouts could not be written, or, on every rank before the first update, their
-                log-probabilities are not the student's.
+            StopRequested: a signal requested a stop. Raised on every rank, before the first update.
+            UserError: the rollouts could not be written, or their log-probabilities differ from the student's. The
+                latter is raised on every rank, before the first update.
         """
         settings, watch = self._training, self._stopwatch()
         with watch.phase("rollout"):
@@ -184,7 +184,7 @@ class OnPolicyStep:
         return self._complete(metrics, rows)
 
     def _siblings(self, trajectories: Sequence[Trajectory]) -> SiblingSums | None:
-        """Sums over the questions to which this rank's replica generated responses; None with one response each."""
+        """Sums over the questions of this rank's replica; None if each question has one response."""
         if self._rollouts.per_prompt == 1:
             return None
         return sibling_sums(trajectories if self._student.owns_trajectories else [])

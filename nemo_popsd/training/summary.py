@@ -39,27 +39,29 @@ def summarize_step(
     seconds_waiting: float = 0.0,
     seconds_weights: float = 0.0,
 ) -> StepMetrics:
-    """Means over the global batch. Two all-reduces over the world, of all sums and of six maxima; the host waits for
-    the device once for its own sums, however many micro-batches and sequences there are.
+    """Computes means over the global batch.
 
-    Every token must be reported by one rank of those that share it, and every trajectory by one of those that share
-    its model; the others pass nothing of it (see `Student.owns_loss` and `Student.owns_trajectories`).
+    Two all-reduces over the world: one of all sums, one of six maxima. One host synchronization for the sums of this
+    rank, for any number of micro-batches and sequences.
+
+    Of the ranks that share a token, exactly one must report it; of the ranks that share a model, exactly one must pass
+    its trajectories (see `Student.owns_loss` and `Student.owns_trajectories`).
 
     Args:
-        reports: of this rank's micro-batches.
-        trajectories: this rank's.
-        weights_version: number of steps behind the weights that are trained.
-        markers: epistemic markers in their responses.
+        reports: reports of this rank's micro-batches.
+        trajectories: trajectories of this rank.
+        weights_version: number of steps that produced the current weights.
+        markers: number of epistemic markers in the responses.
         grad_norm: global gradient norm.
-        learning_rate: of this step.
-        stopwatch: has the phases ``rollout``, ``frozen`` and ``train`` of this step.
-        computed: tokens that went through student and base for these trajectories.
-        frozen: of these, the tokens of the frozen branches; None counts none.
-        siblings: of this rank's questions; None, on all ranks, where each has one response.
-        updates: optimizer updates that the loss is a mean over.
-        mismatch: of the step, the same on every rank.
-        seconds_waiting: that this rank waited for other replicas' rollouts.
-        seconds_weights: of this replica's transfer of weights to a server; 0 without one.
+        learning_rate: learning rate of this step.
+        stopwatch: stopwatch with the phases ``rollout``, ``frozen`` and ``train`` of this step.
+        computed: tokens that student and frozen branches computed for these trajectories.
+        frozen: the part of these tokens that the frozen branches computed; None counts none.
+        siblings: sums over this rank's questions; None on all ranks if each question has one response.
+        updates: number of optimizer updates over which the loss is averaged.
+        mismatch: mismatch of the step, the same on every rank.
+        seconds_waiting: seconds that this rank waited for other replicas' rollouts.
+        seconds_weights: seconds of this replica's transfer of weights to a server; 0 without a transfer.
     """
     frozen = frozen or TokenCount()
     sums: dict[str, float] = {
@@ -132,18 +134,18 @@ def _ratio(value: float, count: float) -> float | None:
 
 
 def _maxima(own: Sequence[float]) -> list[float]:
-    """The largest of each number over the ranks: one all-reduce."""
+    """The maximum of each number over the ranks. One all-reduce."""
     largest = torch.tensor(own, dtype=torch.float64, device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return cast(list[float], largest.tolist())
 
 
 def _sums_over_tokens(reports: Sequence[LossReport]) -> dict[str, float]:
-    """This rank's loss, its tokens that count, and of each declared statistic the sum over tokens and their number.
+    """This rank's loss, its number of tokens that count, and for each declared statistic the sum over tokens and their
+    number.
 
-    One transfer from the device.
-
-    A token on which a figure is not defined (student and teacher agree exactly, so there is no direction) is left out.
+    One transfer from the device. Tokens on which a statistic is undefined (student and teacher agree exactly, so there
+    is no direction) are excluded.
     """
     names = ["loss", "counted"]
     for declared in DECLARED:

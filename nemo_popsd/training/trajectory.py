@@ -1,4 +1,4 @@
-"""One training row with the student's response to it."""
+"""A training row with the student's response."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Trajectory:
     row: PromptRow
     rollout: Rollout
     right: bool | None = None
-    """Whether the response's final answer is the row's; None where rows have no answers."""
+    """Whether the final answer of the response matches that of the row; None if rows have no answers."""
 
     @property
     def row_id(self) -> str:
@@ -25,7 +25,7 @@ class Trajectory:
 
     @property
     def cost(self) -> int:
-        """Work in tokens of one forward pass: three frozen passes, and the student's forward and backward."""
+        """Cost in tokens of one forward pass: three frozen passes, and forward and backward of the student."""
         return 4 * len(self.student) + len(self.privileged) + len(self.reference)
 
     @property

@@ -1,11 +1,12 @@
-"""Weights of response tokens in the loss, as far as they are known before the forward pass.
+"""Weights of the response tokens in the loss that are known before the forward pass.
 
-With u_i the weight of response i, w_it that of its token t, and D_it the divergence there, the loss over all ranks is
+With u_i the weight of response i, w_it the weight of its token t, and D_it its divergence, the loss over all ranks is
 
     sequence:  Σ_i u_i · (Σ_t w_it·D_it / Σ_t w_it) / Σ_i u_i     over responses with Σ_t w_it > 0
     token:     Σ_i Σ_t u_i·w_it·D_it / Σ_i Σ_t u_i·w_it
 
-Without weights these are the mean over tokens and then responses (the paper's), and over all tokens (OPSD's).
+Without weights these are the mean over tokens and then over responses (as in the paper), and the mean over all tokens
+(as in OPSD).
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ class ResponseWeights:
     """The weights of one response."""
 
     response: float
-    """u, of the response."""
+    """Weight u of the response."""
     tokens: Tensor
-    """w [R] float64, of its tokens; on the CPU."""
+    """Weights w of its tokens [R], float64, on the CPU."""
 
 
 def response_weights(
     trajectory: Trajectory, settings: TokensConfig, marked: Callable[[Sequence[int]], Sequence[bool]]
 ) -> ResponseWeights:
-    """The weights that `settings` give to a trajectory.
+    """The weights of a trajectory by `settings`.
 
     Args:
-        trajectory: with `right`, where weights depend on the answer.
-        settings: of the tokens.
-        marked: which tokens of a response belong to an epistemic marker; called only if their weight is not 1.
+        trajectory: the trajectory; `right` must be set if weights depend on the answer.
+        settings: token weights.
+        marked: returns whether each token belongs to an epistemic marker; called only if their weight is not 1.
     """
     response = trajectory.rollout.response
     tokens = torch.ones(len(response), dtype=torch.float64)
@@ -60,16 +61,16 @@ def response_weights(
 def shares(
     weights: Sequence[ResponseWeights], loss_mean: str, group: dist.ProcessGroup, device: torch.device
 ) -> list[Tensor]:
-    """What the divergence of each token is multiplied by: [R] float64 for each of this rank's responses, on the CPU.
+    """Factors of the divergence of each token: float64 [R] for each of this rank's responses, on the CPU.
 
-    The global loss is the sum over ranks of Σ share · divergence; the shares of all ranks sum to 1, or are all 0 where
-    no token of any rank has a weight. One all-reduce of two numbers.
+    The global loss is the sum over ranks of Σ share · divergence. The shares of all ranks sum to 1, or are all 0 if no
+    token of any rank has a nonzero weight. One all-reduce of two numbers.
 
     Args:
-        weights: of this rank's responses.
+        weights: weights of this rank's responses.
         loss_mean: `sequence` or `token`.
         group: data-parallel group.
-        device: where the group's collectives run.
+        device: device of the group's collectives.
     """
     sums = torch.tensor([float(w.tokens.sum()) for w in weights], dtype=torch.float64)
     responses = torch.tensor([w.response for w in weights], dtype=torch.float64)
@@ -78,6 +79,6 @@ def shares(
     of_responses, of_tokens = totals.where(totals > 0, 1.0).tolist()
     if loss_mean == "token":
         return [w.response * w.tokens / of_tokens for w in weights]
-    # 0 of a response without weights stays 0.
+    # A response without weights keeps its shares of 0.
     own = sums.where(sums > 0, 1.0).tolist()
     return [w.response * w.tokens / (of_responses * total) for w, total in zip(weights, own, strict=True)]

@@ -1,4 +1,4 @@
-"""FP8 as it is emulated: rounding by each recipe, and the context in which linears are rounded."""
+"""Emulated FP8: rounding by each recipe, and the context in which linear modules are rounded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_every_recipe_is_emulated() -> None:
 
 @pytest.mark.parametrize("recipe", ROUNDINGS)
 def test_inputs_and_weights_have_four_significant_bits(recipe: str) -> None:
-    """e4m3 has three bits after the first: normal values are off by at most a sixteenth of themselves."""
+    """e4m3 has three mantissa bits: the relative error of normal values is at most a sixteenth."""
     large = VALUES.abs() > 0.05
     for rounding in ROUNDINGS[recipe]():
         for x in (VALUES, VALUES.bfloat16()):
@@ -29,16 +29,16 @@ def test_inputs_and_weights_have_four_significant_bits(recipe: str) -> None:
         assert rounding(torch.zeros(3, 5)).eq(0).all()
 
 
-def test_a_large_value_costs_its_block_alone() -> None:
+def test_a_large_value_affects_only_its_block() -> None:
     x = VALUES * 1e-3
     x[0, 0] = 1e5
     off = {recipe: (make()[0](x) - x).abs() for recipe, make in ROUNDINGS.items()}
-    assert float(off["tensorwise"][1:].max()) == float(x[1:].abs().max()), "smaller than the least value: 0"
+    assert float(off["tensorwise"][1:].max()) == float(x[1:].abs().max()), "below the smallest value: 0"
     assert float(off["blockwise"][1:].max()) < 1e-3 * VALUES.abs().max() / 8
     assert float(off["mxfp8"][0, 32:].max()) < 1e-3 * VALUES.abs().max() / 8 < float(off["blockwise"][0, 32:128].max())
 
 
-def test_delayed_scaling_saturates_at_what_it_has_seen() -> None:
+def test_delayed_scaling_saturates_at_the_largest_previous_value() -> None:
     rounding = Delayed()
     rounding(torch.tensor([1.0]))
     assert rounding(torch.tensor([4.0])).tolist() == [1.0]
@@ -46,7 +46,7 @@ def test_delayed_scaling_saturates_at_what_it_has_seen() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linears_are_rounded_within_the_context_alone(dtype: torch.dtype) -> None:
+def test_linears_are_rounded_only_within_the_context(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 8)).to(dtype)
     x = torch.randn(4, 128, dtype=dtype)
@@ -65,6 +65,6 @@ def test_linears_are_rounded_within_the_context_alone(dtype: torch.dtype) -> Non
 
 
 def test_powers_of_two_are_exact_in_bf16() -> None:
-    """Blocks have scales that are powers of two, so that bf16 holds what FP8 does."""
+    """Scales of blocks are powers of two, so that bf16 represents the FP8 values exactly."""
     for rounded in (per_block(VALUES, 1), per_block(VALUES, 128)):
         assert torch.equal(rounded.bfloat16().float(), rounded)

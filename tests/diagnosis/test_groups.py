@@ -19,7 +19,7 @@ def token(position: int, entropy: float, value: float, *, marked: bool = False) 
 TOKENS = [token(i, i / 10, float(i * i), marked=i % 3 == 0) for i in range(10)]
 
 
-def test_each_group_has_the_tokens_that_its_name_states() -> None:
+def test_each_group_has_the_right_tokens() -> None:
     found = group_figures(TOKENS, position_bins=3, entropy_edges=[0.2, 0.5])
     assert found["all"]["tokens"] == 10
     assert [found[name]["tokens"] for name in ("markers", "others")] == [4, 6]
@@ -28,7 +28,7 @@ def test_each_group_has_the_tokens_that_its_name_states() -> None:
     assert found["markers"]["norm_ratio"]["mean"] == fmean([0, 9, 36, 81])
 
 
-def test_quartiles_are_interpolated_and_undefined_values_are_left_out() -> None:
+def test_quartiles_are_interpolated_and_undefined_values_are_omitted() -> None:
     odd = [*TOKENS, token(3, 0.1, math.nan), token(4, -1e-9, math.inf)]
     spread = group_figures(odd, position_bins=1, entropy_edges=[1.0])["all"]["norm_ratio"]
     low, middle, high = quantiles([float(i * i) for i in range(10)], n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""The text of tokens, and which of them belong to a marker."""
+"""The text of tokens, and the tokens of markers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_pieces_join_to_the_text_and_no_character_is_split(tokenizer) -> None:
     assert len(pieces) == len(ids)
     assert "".join(pieces) == TEXT
     assert "�" not in "".join(pieces)
-    assert "" in pieces  # a token that holds a part of a character
+    assert "" in pieces  # a token with part of a character
 
 
 def test_pieces_of_an_empty_response_and_of_one_that_ends_inside_a_character(tokenizer) -> None:

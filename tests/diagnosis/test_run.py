@@ -1,4 +1,4 @@
-"""A diagnosis of the embedded model, end to end: against the dense model, in every layout, and its files."""
+"""A diagnosis of the embedded model, end to end: compared with the dense model, in every layout, and its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = ["train/ring/0002", "train/sequence/0000"]
 
 
 def diagnosed(rank: int, world_size: int, folder: Path, *more: str) -> tuple[Any, list[Any], list[Any]]:
-    """Diagnosis of three rows, two of them shown, and the contexts and responses behind it."""
+    """Diagnosis of three rows, two of which are shown, with their contexts and responses."""
     from nemo_popsd.config.loading import load_config, to_dict_config
     from nemo_popsd.diagnosis.run import choose_rows
     from nemo_popsd.model import PurifiedOPSDModel
@@ -59,12 +59,12 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-def test_the_figures_of_each_token_equal_those_of_the_dense_model(one: Any) -> None:
+def test_the_results_of_each_token_equal_those_of_the_dense_model(one: Any) -> None:
     found, contexts, ids = one
     model = load_dense(asset("nemo_popsd:tiny_reasoner"))
     seen = 0
     for rollout, context, response in zip(found.rollouts, contexts, ids, strict=True):
-        assert len(response) == len(rollout["pieces"])  # what was written reads back as the same tokens
+        assert len(response) == len(rollout["pieces"])  # the text on disk has the same tokens
         student = dense_log_probs(model, context.student, response)
         teacher = dense_log_probs(model, context.privileged, response)
         reference_only = dense_log_probs(model, context.reference, response)
@@ -94,7 +94,7 @@ def test_the_figures_of_each_token_equal_those_of_the_dense_model(one: Any) -> N
 
 
 @pytest.mark.slow
-def test_the_rows_of_shown_rows_are_shown_and_come_first(one: Any) -> None:
+def test_shown_rows_are_shown_and_come_first(one: Any) -> None:
     found, _, _ = one
     assert [r["row"] for r in found.rollouts] == [*ROWS, "train/chain/0001"]
     assert [r["alternatives"] is not None for r in found.rollouts] == [True, True, False]
@@ -124,7 +124,7 @@ def test_two_ranks_give_the_figures_of_one(one: Any, tmp_path: Path, layout: lis
         assert [r["pieces"] for r in got.rollouts] == [r["pieces"] for r in want.rollouts]
         for mine, theirs in zip(got.rollouts, want.rollouts, strict=True):
             for name in MEASURES:
-                # Log-probabilities of -30 in fp32, differences of 489 entries: cosines of small ones lose digits.
+                # fp32 differences of 489 log-probabilities around -30: cosines of small differences lose digits.
                 assert mine["values"][name] == pytest.approx(theirs["values"][name], rel=1e-3, abs=5e-4), name
             if theirs["alternatives"]:
                 first = [row[1] for row in theirs["alternatives"]["target"]]

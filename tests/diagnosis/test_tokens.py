@@ -1,4 +1,4 @@
-"""The decomposition, the push and the alternatives against dense formulas, with one shard and with two; memory."""
+"""Decomposition, push and alternatives against dense formulas, with one shard and with two; memory use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TARGETS = {
     "live": Target.live_student_pmi(cap=3.0),
     "contrast": Target.contrast(0.5),
 }
-ALTERNATIVES = 20  # more than a shard of 16 holds
+ALTERNATIVES = 20  # more than the entries of a shard of 16
 TOKENS = torch.tensor([0, 28, 3, 15, 16, 17, 28])
 
 
@@ -128,7 +128,7 @@ def test_all_figures_agree_with_dense_formulas_in_shards() -> None:
 
 
 def shard_of_padding(rank: int, world_size: int) -> tuple[list[list[int]], list[int]]:
-    """Vocabulary 12 of 4 x 8 rows: rank 1 holds half of it, ranks 2 and 3 padding alone."""
+    """Vocabulary 12 in 4 x 8 rows: rank 1 has four true entries, ranks 2 and 3 only padding."""
     problem = make_problem(4, vocab=12)
     problem = type(problem)(**{**vars(problem), "vocab": 12}).shard(rank, world_size)
     shard = problem.vocab_shard(dist.group.WORLD)
@@ -173,7 +173,7 @@ def test_identities() -> None:
     assert found.signal["cosine_question"].isnan().all()  # Δ_it is 0
 
 
-def test_chunks_change_nothing_and_no_tokens_give_nothing() -> None:
+def test_chunks_do_not_change_results_and_no_tokens_have_none() -> None:
     problem = make_problem(6)
     small, _, a = diagnosed(problem, Target.purified(), chunk=2)
     large, _, b = diagnosed(problem, Target.purified(), chunk=100)
@@ -205,7 +205,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_by_name() -> None:
 
 
 class LiveTensors(TorchDispatchMode):
-    """The largest tensor that an operation returns, and the most elements alive at one time, both without inputs."""
+    """Tracks the largest tensor that an operation returns and the peak number of live elements, both without inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Call both forms of the loss on a `Problem` and compare them with the dense one; used in process and on ranks."""
+"""Computes both forms of the loss on a `Problem` and compares them with the dense loss; on one process or on ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DIVERGENCES = {
     "jsd 0.9": Divergence("jsd", 0.9),
     "forward": Divergence("forward_kl"),
     "reverse": Divergence("reverse_kl"),
-    # Some entries of most tokens are above the clip; above the last, nearly all.
+    # The clip affects some entries of most tokens; the last clip affects nearly all entries.
     "jsd, clip": Divergence("jsd", 0.3, clip=0.02),
     "forward, clip": Divergence("forward_kl", clip=0.05),
     "reverse, clip": Divergence("reverse_kl", clip=0.05),
@@ -53,7 +53,7 @@ GATES = {
     "target's entropy": Gates(target_entropy=(1.2, math.inf)),
     "all": Gates(max_student_probability=0.8, student_entropy=(0.4, 2.5), target_entropy=(0.3, 2.2)),
 }
-# (true vocabulary, padded): part of the last shard is padding; none; under TP=2 all of the second shard.
+# (true vocabulary, padded): padding is part of the last shard; absent; with TP=2 the whole second shard.
 VOCABULARIES = ((29, 32), (32, 32), (13, 32))
 CHUNKS = (1, 3, 7, 100)
 
@@ -73,7 +73,7 @@ def vectors_of(problem: Problem, target: Target) -> HiddenPair:
 
 
 def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = True, dw: bool = True, **settings):
-    """`loss_from_hidden`, and the leaves of its inputs; `shared`: the teacher's matrix for student and teacher."""
+    """`loss_from_hidden` and the leaves of its inputs. With `shared`, student and teacher use the teacher's matrix."""
     shared = settings.pop("shared", False)
     hidden = problem.student.clone().requires_grad_(dh)
     weight = (problem.teacher_weight if shared else problem.student_weight).clone().requires_grad_(dw)
@@ -93,7 +93,7 @@ def hidden_loss(problem: Problem, target, divergence, group=None, *, dh: bool = 
 
 
 def diagnosed(problem: Problem, index=None) -> DiagnosedTokens:
-    """Tokens `index`, or all, for the decomposition."""
+    """The tokens in `index`, or all tokens, as input of the decomposition."""
     index = torch.arange(len(problem.student)) if index is None else torch.tensor(index, dtype=torch.long)
     return DiagnosedTokens(index, problem.privileged[index], problem.reference[index])
 
@@ -166,7 +166,7 @@ def compare(case, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, g
 def compare_gated(
     gate: str, divergence_name: str, dtype: torch.dtype, seed: int, rank: int = 0, size: int = 1, group=None
 ) -> Errors:
-    """Errors of the gated loss against the dense one whose closed tokens have the weight 0, by its own p and q."""
+    """Errors of the gated loss against the dense loss with weight 0 for the tokens that its own p and q close."""
     target, divergence, gates = (
         TARGETS["purified, cap 2, beta 0.7, temperature 1.3"],
         DIVERGENCES[divergence_name],

@@ -1,4 +1,4 @@
-"""The loss from the paper's equations on dense float64 tensors, with autograd: shares nothing with the package."""
+"""The loss from the paper's equations on dense float64 tensors, with autograd. It shares no code with the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_popsd.parallel.vocabulary import VocabShard
 
 @dataclass(frozen=True)
 class Problem:
-    """Hidden states [N, H] of the four contexts and two output matrices [V_pad, H]; rows from `vocab` on are junk."""
+    """Hidden states [N, H] of the four contexts, and two output matrices [V_pad, H] with junk from row `vocab` on."""
 
     student: Tensor
     base: Tensor
@@ -123,7 +123,7 @@ def dense(problem: Problem, target, divergence) -> Dense:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Largest error in units of the largest entry."""
+    """Largest error relative to the largest entry."""
     if want.numel() == 0:
         return 0.0 if got.shape == want.shape else float("inf")
     assert got.shape == want.shape, (got.shape, want.shape)

@@ -11,7 +11,7 @@ from tests.harness import run_ranks
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 CLIPPED = {torch.float64: 1e-10, torch.float32: 5e-5}
-"""A clip leaves positive and negative entries that nearly cancel: rounding is larger relative to the remainder."""
+"""With a clip, positive and negative entries nearly cancel, so rounding is larger relative to the sum."""
 
 
 def check(errors, dtype) -> None:
@@ -29,7 +29,7 @@ def test_one_shard_agrees_with_the_dense_reference(dtype):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_a_gate_is_the_weight_zero_of_the_tokens_that_it_closes(gate, dtype):
+def test_a_closed_token_has_weight_zero(gate, dtype):
     check([compare_gated(gate, divergence, dtype, seed=17) for divergence in DIVERGENCES], dtype)
 
 

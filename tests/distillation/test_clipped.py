@@ -1,4 +1,4 @@
-"""The clip of each vocabulary entry: official OPSD's later loss, its sign, and its limits.
+"""The clip of vocabulary entries: official OPSD's later loss, its sign, and its limits.
 
 `test_agreement` compares loss and gradients with the dense reference, on one shard and on several.
 """
@@ -19,7 +19,7 @@ from tests.distillation.calls import hidden_loss, with_
 from tests.distillation.dense import dense, make_problem, relative
 
 
-def test_official_opsd_by_its_own_terms():
+def test_official_opsd_by_its_definition():
     """KL(teacher ‖ student) at temperature 1.1, each entry at most 0.05, summed and divided by the number of tokens."""
     problem = make_problem(3, tokens=11, sharpness=0.5)
     problem = with_(problem, token_weights=torch.full((11,), 1 / 11, dtype=torch.float64))
@@ -50,7 +50,7 @@ def test_a_clip_above_every_entry_changes_nothing(kind):
 
 @pytest.mark.parametrize("kind", ["jsd", "forward_kl", "reverse_kl"])
 def test_a_clipped_kl_may_be_negative_and_a_clipped_jsd_is_not(kind):
-    """Why it is off by default: the smaller the clip, the more the negative entries count."""
+    """The reason for the default (no clip): the smaller the clip, the more the negative entries dominate."""
     problem, divergence = make_problem(5), Divergence(kind, 0.3, clip=1e-4)
     result, _, _ = hidden_loss(problem, Target.opsd(), divergence)
     assert relative(result.per_token, dense(problem, Target.opsd(), divergence).loss) < 1e-10

@@ -1,4 +1,4 @@
-"""The cost of the chunked form: matrix products, memory, and collectives with the work that overlaps with them."""
+"""Cost of the chunked form: matrix products, memory, collectives, and the work that overlaps with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PRODUCTS = ("mm", "addmm_", "addmm", "bmm")
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations, and tracks live tensors: the largest sum of bytes and the largest single tensor."""
+    """Counts operations and tracks live memory: the peak number of bytes and the largest single tensor."""
 
     def __init__(self, on_product=None) -> None:
         super().__init__()
@@ -89,9 +89,9 @@ class _Operations(TorchDispatchMode):
 )
 @pytest.mark.parametrize("divergence", [JSD, FORWARD, REVERSE], ids=lambda d: d.kind)
 def test_a_chunk_has_only_the_matrix_products_that_it_needs(target, vectors, divergence):
-    """One for each vector of the token, or one for all on a shared matrix; one more for dh, one more for dW.
+    """One per vector of the token, or one in total for a shared matrix; one more for dh and one more for dW.
 
-    None of these for frozen leaves, and none for statistics or diagnosed tokens.
+    Frozen leaves need no product for dh or dW; statistics and diagnosed tokens need no additional product.
     """
     problem = make_problem(8)
 
@@ -147,7 +147,7 @@ class _Peak(NamedTuple):
 
 
 def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plant=None, main=True, **settings) -> _Peak:
-    """Bytes that one loss and its backward pass allocate: at one time, in one tensor, and afterwards."""
+    """Bytes allocated by one loss and its backward pass: at the peak, in the largest tensor, and afterwards."""
     problem = make_problem(10, tokens=tokens, hidden=hidden, vocab=vocab, padded=vocab).to(torch.float32)
     pair = vectors_of(problem, Target.purified())
     centre = mean_output_vector(problem.teacher_weight, problem.vocab_shard())
@@ -201,7 +201,7 @@ def memory(tokens: int, vocab: int, hidden: int, divergence, *, chunk=None, plan
     ids=lambda value: value.kind if isinstance(value, Divergence) else str(value),
 )
 def test_no_tensor_has_the_logits_of_all_tokens_and_the_peak_is_one_chunk(monkeypatch, divergence, diagnosing):
-    """With 16 chunks, the peak for every divergence is that of three buffers of one chunk and a tile of temporaries."""
+    """16 chunks: the peak is three buffers of one chunk, for every divergence, plus a tile of temporaries."""
     tokens, chunk, vocab, hidden = 512, 32, 2000, 8
     monkeypatch.setitem(fusion.TILE_BYTES, ("cpu", False), vocab * 4)
     index = torch.arange(0, 64, 4)
@@ -229,7 +229,7 @@ def test_a_planted_tensor_of_all_logits_is_detected():
 
 @pytest.mark.slow
 def test_the_default_chunk_keeps_the_peak_within_the_stated_limit_at_any_number_of_tokens():
-    """8,192 tokens in a shard of V entries, with H : V as 2048 : 19000; twice as many tokens add [N, H] only."""
+    """8,192 tokens in a shard of V entries, with H : V = 2048 : 19000; twice as many tokens add only [N, H]."""
     vocab, hidden = 950, 102
     logits = 8192 * vocab * 4
     peaks = {tokens: memory(tokens, vocab, hidden, FORWARD).peak for tokens in (8192, 16384)}
@@ -289,14 +289,14 @@ def _count_collectives(rank: int, world_size: int):
                     backward = [(kind, shape) for kind, shape, _ in calls[calls_forward:]]
                     found[name, dh, diagnosing, given] = (forward, backward)
                     assert all(used is group for _, _, used in calls)
-    # No tokens: nothing is sent, nothing hangs.
+    # No tokens: no rank sends, no rank hangs.
     calls.clear()
     result, hidden, _ = hidden_loss(
         make_problem(13, tokens=0).shard(rank, world_size), Target.purified(), JSD, group, centre=centre
     )
     result.total.backward()
     found["no tokens"] = (list(calls), hidden.grad.shape)
-    # A student that equals base and target: exactly 0 in shards too.
+    # If the student equals base and target, the loss is exactly 0 with several shards too.
     same = make_problem(14)
     same = with_(same, base=same.student, reference=same.privileged, student_weight=same.teacher_weight)
     exact = []
@@ -312,7 +312,7 @@ def _count_collectives(rank: int, world_size: int):
 
 
 def test_the_collectives_are_those_that_the_docstring_states():
-    """One for each chunk of a KL, two of a JSD or with a clip; one for w̄ where not given; one for dh in backward."""
+    """One per chunk for a KL, two for a JSD or with a clip; one for w̄ if not passed; one for dh in backward."""
     for found in run_ranks(_count_collectives, 2):
         assert found.pop("mean output vector") == [(8,)]
         assert found.pop("no tokens") == ([], (0, 8))
@@ -330,11 +330,11 @@ def test_the_collectives_are_those_that_the_docstring_states():
             assert backward == ([("all_reduce", (7, 8))] if dh else []), case
 
 
-# --- Work while collectives are under way ----------------------------------------------------------------------------
+# --- Overlap with collectives -----------------------------------------------------------------------------------------
 
 
 def _order_of_work(rank: int, world_size: int):
-    """Products, and the start and the end of each collective, in order."""
+    """Records products, and start and end of each collective, in order."""
     events: list[str] = []
 
     class Work:
@@ -374,12 +374,12 @@ def test_the_products_of_a_chunk_overlap_with_the_collectives_of_the_next():
     for found in run_ranks(_order_of_work, 2):
         gather, total = "all_gather", "all_reduce"
         for dw in (True, False):
-            # 3 chunks: the logits of each, then its collective with the gradients (dh, dW) of the one before.
+            # 3 chunks: the logits of each, then its collective, which overlaps the previous chunk's gradients (dh, dW).
             products = "product product" if dw else "product"
             overlapped = f"product {gather} {products} wait"
             assert found["forward_kl", dw] == f"product {gather} wait {overlapped} {overlapped} {products}"
         overlapped = f"product {gather} product wait {total} product wait"
         first = f"product {gather} wait {total} wait"
-        for dw in (True, False):  # without dW, dh comes in two halves
+        for dw in (True, False):  # without dW, dh is computed in two halves
             after = "product" if not dw else "product product"  # the last chunk has a single token: nothing to halve
             assert found["jsd", dw] == f"{first} {overlapped} {overlapped} {after}"

@@ -1,4 +1,4 @@
-"""The compiled kernels: the values of the uncompiled ones, one compilation for all sizes, a fallback."""
+"""Compiled kernels: same values as uncompiled ones, one compilation for all sizes, a fallback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def errors_of_fused(problem, mine, target, divergence, group=None, **settings) -
 
 @pytest.mark.slow
 def test_fused_agrees_with_the_dense_reference_and_compiles_once_for_all_sizes():
-    """Tiles of several sizes, shorter last ones and single tokens among them; other sizes compile nothing new."""
+    """Tiles of several sizes, including shorter last tiles and single tokens; new sizes do not trigger compilation."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -69,7 +69,7 @@ def _fused_in_shards(rank: int, world_size: int):
         settings = {"diagnosed": diagnosed(mine, [2])}
         if vocab > 160 or rank == 0:
             found += errors_of_fused(problem, mine, TARGET, Divergence(), group, **settings)
-        else:  # nothing to compare with, but the other rank needs this rank's collectives
+        else:  # nothing to compare, but the other rank needs this rank's collectives
             hidden_loss(mine, TARGET, Divergence(), group, fused="always", **settings)[0].total.backward()
     return found
 
@@ -124,6 +124,6 @@ def test_without_a_compiler_a_warning_is_logged_and_the_loss_is_computed_uncompi
     want, _, _ = hidden_loss(problem, Target.purified(), Divergence(), fused="never")
     assert torch.equal(got.per_token, want.per_token)
     assert [record.message for record in caplog.records] == [
-        "the loss is not fused, which costs time: torch.compile failed: RuntimeError: no working C++ compiler found"
+        "torch.compile failed, so the loss runs unfused and is slower: RuntimeError: no working C++ compiler found"
     ]
     assert not fusion.choose_kernels("always", 10, torch.float32).fused

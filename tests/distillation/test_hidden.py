@@ -1,4 +1,4 @@
-"""The contract of the chunked form besides its value: how it may be called, and where it adds gradients."""
+"""The contract of the chunked form apart from its values: valid calls, and where gradients are accumulated."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ JSD, FORWARD, REVERSE = Divergence(), Divergence("forward_kl"), Divergence("reve
 
 
 @pytest.mark.slow
-def test_the_package_needs_torch_alone():
-    """Imported in a fresh process, it brings neither Megatron nor NeMo nor anything built on them."""
+def test_the_package_needs_only_torch():
+    """In a fresh process, the import loads neither Megatron nor NeMo nor anything built on them."""
     program = (
         "import sys\n"
         "from nemo_popsd.distillation import *\n"
@@ -153,7 +153,7 @@ def test_bf16_inputs_give_bf16_gradients_and_fp32_losses():
             assert (result.per_token.dtype, result.total.dtype) == (torch.float32, torch.float32)
             assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.bfloat16)
             assert relative(result.per_token, want.loss) < 3e-2
-            if divergence.clip is None:  # at the clip the gradient of an entry jumps to 0, also by rounding
+            if divergence.clip is None:  # rounding may move an entry across the clip, where its gradient jumps to 0
                 assert relative(hidden.grad, want.dh) < 3e-2
                 assert relative(weight.grad, want.dw) < 3e-2
 
@@ -172,7 +172,7 @@ def test_no_tokens_give_a_loss_of_0_with_a_graph(divergence):
 
 
 def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
-    """A JSD of 1e-7, as at the start of training; rounding errors of first order would be larger."""
+    """A JSD of 1e-7, as at the start of training, is smaller than first-order rounding errors."""
     near = make_problem(16, tokens=20, hidden=16, vocab=120, padded=128)
     near = with_(
         near,
@@ -192,11 +192,11 @@ def test_the_jsd_is_accurate_in_fp32_where_student_and_target_almost_agree():
         assert relative(hidden.grad, want.dh) < 1e-2
 
 
-# --- A gradient that the trainer keeps -------------------------------------------------------------------------------
+# --- A gradient buffer of the trainer ---------------------------------------------------------------------------------
 
 
 def test_the_gradient_is_added_to_the_trainers_buffer():
-    """The buffer keeps its content; the stated scale is applied; autograd gets no gradient, or zeros for hooks."""
+    """The buffer keeps its content; the stated scale is applied; autograd receives no gradient, or zeros for hooks."""
     problem = make_problem(18)
     want = dense(problem, Target.purified(), JSD)
     for placeholder in (False, True):
@@ -215,7 +215,7 @@ def test_the_gradient_is_added_to_the_trainers_buffer():
 
 
 def test_a_second_use_of_the_weight_gets_its_gradient_through_autograd():
-    """Tied embeddings: the loss's part goes to the trainer's buffer, the embedding's part through autograd."""
+    """Tied embeddings: the trainer's buffer receives the gradient of the loss, autograd that of the embedding."""
     problem = make_problem(19)
     for placeholder in (False, True):
         kept = torch.zeros(32, 8, dtype=torch.float64)

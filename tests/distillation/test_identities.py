@@ -1,4 +1,4 @@
-"""Trap 12: what must hold for every input, as properties."""
+"""Trap 12: identities that hold for every input, as property-based tests."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_trap_12_a_student_equal_to_base_and_target_has_loss_and_gradient_exactl
 
 @quick
 @given(seeds, betas, caps, temperatures, divergences)
-def test_trap_12_the_loss_from_logits_is_0_there_to_rounding(seed, beta, cap, temperature, divergence):
-    """`loss_from_hidden` is exactly 0."""
+def test_trap_12_the_loss_from_logits_is_then_0_up_to_rounding(seed, beta, cap, temperature, divergence):
+    """In contrast, `loss_from_hidden` is exactly 0."""
     same, teacher = (
         torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)
     )
@@ -128,7 +128,7 @@ def test_trap_12_a_constant_added_to_a_row_of_logits_changes_nothing(
 @quick
 @given(seeds, betas, caps, temperatures, divergences, st.floats(-3, 3))
 def test_trap_12_a_vector_added_to_every_output_vector_changes_nothing(seed, beta, cap, temperature, divergence, size):
-    """The same for hidden states: W + 1·uᵀ adds a constant to each row of logits."""
+    """The same identity for hidden states: W + 1·uᵀ adds a constant to each row of logits."""
     problem = make_problem(seed)
     row = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * size
     moved = with_(problem, student_weight=problem.student_weight + row, teacher_weight=problem.teacher_weight - 2 * row)
@@ -152,7 +152,7 @@ def test_trap_12_the_target_sums_to_1_and_is_a_distribution(seed, beta, cap, tem
 @quick
 @given(seeds, temperatures)
 def test_trap_12_total_is_reference_part_plus_question_part(seed, temperature):
-    """The identity of the reported statistics: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
+    """In terms of the statistics: ⟨Δ_total, Δ_it⟩ = ‖Δ_total‖² − ⟨Δ_total, Δ_ref⟩."""
     problem = make_problem(seed)
     target = Target.purified(temperature=temperature)
     result, _, _ = hidden_loss(problem, target, Divergence(), diagnosed=diagnosed(problem))

@@ -34,7 +34,7 @@ def _token_statistics_errors(rank: int, world_size: int, dtype: torch.dtype) -> 
 
 
 def _decomposition_errors(rank: int, world_size: int, dtype: torch.dtype) -> list[float]:
-    """With a shift, from which the reference's logits follow, and without; all, some or no tokens sampled."""
+    """With and without a shift, which yields the reference's logits; all, some or none of a chunk's tokens sampled."""
     problem = make_problem(2, tokens=11).to(dtype)
     index = [0, 1, 2, 4, 9]
     cosine = torch.nn.functional.cosine_similarity

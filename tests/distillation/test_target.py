@@ -1,4 +1,4 @@
-"""The published targets, refused settings, and the two vectors to which a target is reduced."""
+"""The published targets, invalid targets, and the two vectors to which a target is reduced."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_the_defaults_are_the_papers():
         (lambda: Divergence("jsd", 1.0), "set weight"),
     ],
 )
-def test_values_without_a_meaning_are_refused_by_name(build, message):
+def test_invalid_values_are_refused_by_name(build, message):
     with pytest.raises(UserError, match=message):
         build()
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_pair_gives_the_logits_of_the_target(name):
-    """Any member: log P = W·anchor + a_T·c·tanh(centred W·d / c) + a_S·log π_θ, up to a constant."""
+    """Every target: log P = W·anchor + a_T·c·tanh(centred W·d / c) + a_S·log π_θ, up to a constant."""
     target = TARGETS[name]
     problem = make_problem(1)
     anchor, shift = vectors_of(problem, target)
@@ -86,7 +86,7 @@ def test_the_pair_gives_the_logits_of_the_target(name):
     torch.testing.assert_close(torch.log_softmax(got, -1), torch.log_softmax(want, -1))
 
 
-def test_the_pair_is_formed_in_fp32_and_single_states_are_not_copied():
+def test_the_pair_is_computed_in_fp32_and_single_states_are_not_copied():
     problem = make_problem(2).to(torch.bfloat16)
     anchor, shift = vectors_of(problem, Target.purified())
     assert anchor.data_ptr() == problem.base.data_ptr()

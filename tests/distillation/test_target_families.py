@@ -1,4 +1,4 @@
-"""Every family is one record of coefficients; a new one and a new statistic need nothing beyond their declaration."""
+"""Every family is one record of coefficients; a new family or statistic needs only its declaration."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_settings_that_a_family_lists_are_those_that_it_reads(family: str) -
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_states_the_vectors_that_the_loss_gets(name: str) -> None:
-    """Values for the planner: number of vectors, and bytes of each in addition to the branches' states in bf16."""
+    """The quantities that the planner reads: number of vectors, and their bytes beyond the branches' states in bf16."""
     target = TARGETS[name]
     problem = make_problem(1).to(torch.bfloat16)
     vectors = [x for x in vectors_of(problem, target) if x is not None]
@@ -68,7 +68,7 @@ def test_a_target_states_the_vectors_that_the_loss_gets(name: str) -> None:
 
 
 def test_a_new_family_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/extending.md, "A new target family": configuration, loss, planner and diagnosis follow from the entry."""
+    """docs/extending.md, "A new target family": configuration, loss, planner and diagnosis use the entry."""
     from tests.diagnosis.test_tokens import TOKENS, diagnosed
 
     monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""The student's log-probabilities of the response tokens: exact on any shards, and without effect on the loss."""
+"""The student's log-probabilities of the response tokens: exact with any sharding, and without effect on the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = {"temperature 1": Target.purified(), "temperature 1.3": Target.purifie
 
 
 def largest_errors(rank: int, world_size: int) -> dict[str, float]:
-    """By case: distance from the dense log-probabilities; loss and gradients must be bit-equal."""
+    """By case: error against the dense log-probabilities. Asserts that loss and gradients remain bit-equal."""
     import torch.distributed as dist
 
     group = dist.group.WORLD if world_size > 1 else None
@@ -45,13 +45,13 @@ def largest_errors(rank: int, world_size: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_they_are_those_of_the_dense_softmax_and_the_loss_keeps_its_bits(ranks: int) -> None:
+def test_they_match_the_dense_softmax_and_the_loss_stays_bit_equal(ranks: int) -> None:
     for errors in run_ranks(largest_errors, ranks):
         assert len(errors) == 12 * len(DIVERGENCES)
         assert max(errors.values()) < 1e-12, max(errors.items(), key=lambda case: case[1])
 
 
-def test_other_shapes_are_refused() -> None:
+def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="response_ids has shape"):
         hidden_loss(make_problem(), Target.purified(), DIVERGENCES["jsd"], response_ids=torch.arange(3))
 

@@ -1,4 +1,4 @@
-"""One test for each known way to get this loss wrong; numbers as in the method's list of traps."""
+"""One test for each known mistake in this loss, numbered as in the method's list of traps."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FORWARD = Divergence("forward_kl")
 
 
 def implied_target(problem, target, *, form: str, group=None) -> torch.Tensor:
-    """P as the loss uses it: the gradient of KL(P ‖ p) with respect to the student's logits is (p − P)/τ.
+    """P as implied by the gradient: that of KL(P ‖ p) with respect to the student's logits is (p − P)/τ.
 
-    Needs H = V_pad and an identity as student matrix, so that hidden states are logits.
+    Requires H = V_pad and the identity as student matrix, so that hidden states are logits.
     """
     ones = torch.ones_like(problem.token_weights)
     problem = type(problem)(**{**vars(problem), "token_weights": ones})
@@ -39,7 +39,7 @@ def implied_target(problem, target, *, form: str, group=None) -> torch.Tensor:
 
 
 def square_problem(seed: int, vocab: int = 20, padded: int = 24, **settings):
-    """Hidden size = padded vocabulary, and the student's matrix the identity."""
+    """A problem with hidden size = padded vocabulary and the identity as student matrix."""
     problem = make_problem(seed, hidden=padded, vocab=vocab, padded=padded, **settings)
     return type(problem)(**{**vars(problem), "student_weight": torch.eye(padded, dtype=torch.float64)})
 
@@ -50,13 +50,13 @@ def square_problem(seed: int, vocab: int = 20, padded: int = 24, **settings):
 @pytest.mark.parametrize("form", ["hidden", "logits"])
 @pytest.mark.parametrize("junk", [0.0, 5.0, float("nan")], ids=["zeros", "large", "nan"])
 def test_trap_1_padding_has_no_probability_does_not_enter_the_mean_and_gets_no_gradient(form, junk):
-    """The result is that of the true entries for any padding; unmasked zeros would receive probability."""
+    """The result does not depend on the content of the padding; unmasked zeros would have probability."""
     padded, bare = make_problem(1, vocab=20, padded=32, junk=junk), make_problem(1, vocab=20, padded=32)
     bare = type(bare)(
         **{**vars(bare), "student_weight": padded.student_weight[:20], "teacher_weight": padded.teacher_weight[:20]}
     )
     zeros_leak = torch.log_softmax(bare.base @ torch.cat((bare.teacher_weight, torch.zeros(12, 8))).T, -1)
-    assert zeros_leak.exp()[:, 20:].sum(-1).max() > 1e-2  # the trap is real on this problem
+    assert zeros_leak.exp()[:, 20:].sum(-1).max() > 1e-2  # this problem exposes the mistake
     for target in (TARGETS["purified, cap 1, beta 3"], TARGETS["everything"]):
         for divergence in DIVERGENCES.values():
             if form == "hidden":
@@ -114,7 +114,7 @@ def test_trap_2_the_tail_is_raised_by_e_to_the_c_over_beta_to_fp32_accuracy(form
 
 
 def test_trap_2_bf16_log_probabilities_are_not_enough():
-    """The same target from log-probabilities in bf16 is a thousand times outside of the limit above."""
+    """The error of the same target from bf16 log-probabilities is a thousand times the limit above."""
     problem = tail_problem()
     want = dense(problem, Target.purified(), FORWARD).q
     teacher, reference, base = (
@@ -127,7 +127,7 @@ def test_trap_2_bf16_log_probabilities_are_not_enough():
 
 
 def test_trap_2_the_target_from_bf16_states_is_at_least_as_good_as_from_bf16_logits():
-    """Total variation against float64 on the same bf16 states and matrix: summing vectors beats subtracting logits."""
+    """Total variation from float64 on the same bf16 states and matrix: summing vectors is at least as accurate."""
     problem = make_problem(10, tokens=64, hidden=64, vocab=1000, padded=1000, sharpness=0.4)
     near = {name: problem.base + 0.3 * getattr(problem, name) for name in ("privileged", "reference")}
     problem = type(problem)(**{**vars(problem), **near}).to(torch.bfloat16)
@@ -144,7 +144,7 @@ def test_trap_2_the_target_from_bf16_states_is_at_least_as_good_as_from_bf16_log
         (x @ problem.teacher_weight.T).double() for x in (problem.privileged, problem.reference, problem.base)
     )
     from_logits = error(torch.softmax(base + capped(teacher - reference), -1))
-    # As the loss forms it on a CPU, with products rounded to bf16 (a GPU keeps them in fp32).
+    # As the loss computes it on a CPU, with products rounded to bf16 (a GPU keeps them in fp32).
     pair = vectors_of(problem, target)
     products = [(x.bfloat16() @ problem.teacher_weight.T).double() for x in (pair.anchor, pair.shift)]
     rounded = error(torch.softmax(products[0] + capped(products[1]), -1))
@@ -187,7 +187,7 @@ def _plant_raw_all_reduces(rank: int, world_size: int):
     from nemo_popsd.distillation import definition, divergence, hidden
     from nemo_popsd.parallel.collectives import sum_for_replicas, sum_for_shards
 
-    warnings.simplefilter("ignore")  # recent versions of torch warn of the raw all-reduce
+    warnings.simplefilter("ignore")  # recent versions of torch warn about the raw all-reduce
     problem = make_problem(4)
     found = {}
     for name, kind in DIVERGENCES.items():
@@ -229,8 +229,8 @@ def test_trap_3_a_planted_raw_all_reduce_keeps_the_loss_and_fails_the_gradient_c
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits"])
-def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_alike(form):
-    """Temperature τ on h equals τ = 1 on h/τ for all four distributions; the gradient has one factor 1/τ."""
+def test_trap_10_the_temperature_of_the_loss_divides_all_four_distributions_equally(form):
+    """The loss with τ on h equals that with τ = 1 on h/τ for all distributions; the gradient has one factor 1/τ."""
     tau = 1.7
     problem = make_problem(5)
     scaled = type(problem)(
@@ -278,7 +278,7 @@ def _poison_one_rank(rank: int, world_size: int):
 
 
 def test_trap_11_a_non_finite_weight_on_one_rank_makes_the_loss_of_every_rank_non_finite():
-    """Neither a maximum nor the clamp of the log-ratio may hide it."""
+    """Neither a maximum nor the clamp of the log-ratio hides it."""
     by_rank = run_ranks(_poison_one_rank, 2)
     for found in by_rank:
         for case, (total, per_token) in found.items():
@@ -288,7 +288,7 @@ def test_trap_11_a_non_finite_weight_on_one_rank_makes_the_loss_of_every_rank_no
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_trap_11_a_token_that_is_not_finite_leaves_its_neighbours_unchanged(divergence):
-    """The trainer names rows by their per-token losses: those of the other tokens do not change."""
+    """The trainer identifies rows by their per-token losses, so those of other tokens must not change."""
     clean = make_problem(7)
     want, _, _ = hidden_loss(clean, Target.purified(), divergence)
     for field in ("student", "base", "privileged", "reference"):
@@ -301,7 +301,7 @@ def test_trap_11_a_token_that_is_not_finite_leaves_its_neighbours_unchanged(dive
 
 
 def test_extreme_but_finite_logits_give_finite_losses_and_gradients():
-    """Log-ratios far beyond exp's range, in both directions."""
+    """Log-ratios far outside the range of exp, in both directions."""
     problem = make_problem(8, sharpness=60.0).to(torch.float32)
     for target in (TARGETS["purified"], TARGETS["opsd"], TARGETS["contrast"]):
         for divergence in DIVERGENCES.values():
@@ -318,7 +318,7 @@ def test_extreme_but_finite_logits_give_finite_losses_and_gradients():
 
 
 def test_trap_13_the_gradient_of_the_matrix_is_summed_in_fp32_and_rounded_once():
-    """bf16 inputs, 128 chunks: the same gradient with its chunks added in bf16 is far worse."""
+    """bf16 inputs, 128 chunks: adding the chunks' gradients in bf16 has a far larger error."""
     problem = make_problem(9, tokens=512, hidden=16, vocab=60, padded=64, sharpness=0.3).to(torch.bfloat16)
     problem = type(problem)(**{**vars(problem), "token_weights": problem.token_weights.float()})
     target, divergence = Target.purified(), Divergence()

@@ -8,7 +8,7 @@ from nemo_popsd.evaluation.records import SampleScore, SampleSettings
 
 
 def score(problem: str, correct: bool = True, *, sample: int = 0, waits: int = 0, **fields: Any) -> SampleScore:
-    """A score of 100 tokens with one "Check", and `waits` of "Wait"; correct answers share a vote."""
+    """A score of 100 tokens with one "Check" and `waits` times "Wait"; correct answers share a vote."""
     defaults: dict[str, Any] = {
         "answer": "1" if correct else "2",
         "decided_by": "exact",
@@ -25,7 +25,7 @@ def score(problem: str, correct: bool = True, *, sample: int = 0, waits: int = 0
 
 
 def sample_settings(prompts: dict[str, str], **fields: Any) -> SampleSettings:
-    """Settings of samples whose prompts have these digests, by problem."""
+    """Settings of samples; `prompts` has the digest of the prompt by problem."""
     defaults: dict[str, Any] = {
         "model": "m",
         "weights_digest": "f",

@@ -11,13 +11,13 @@ from typing import Any
 
 
 class Server:
-    """Serves `model` on a port that the kernel picks, as a context manager.
+    """Serves `model` on a port chosen by the kernel. A context manager.
 
     Attributes:
-        root: directory from which it states that the model was loaded.
+        root: directory from which it reports to have loaded the model.
         requests: bodies of the completion requests, in order of arrival.
         keys: Authorization headers of all requests.
-        most_at_once: largest number of completions in progress at a time.
+        most_at_once: largest number of simultaneous completions.
         fault: called with each body before it is answered; may return (status, headers, text), or "hang up".
     """
 
@@ -50,7 +50,7 @@ class Server:
                     if fault is None and self.path == "/v1/completions":
                         time.sleep(outer.seconds)
                         fault = 200, {}, json.dumps(outer._completion(body))
-                finally:  # before the client has the answer, and may send another request
+                finally:  # before the client has the answer and may send another request
                     with outer._lock:
                         outer._running -= 1
                 if fault == "hang up":

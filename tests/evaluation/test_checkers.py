@@ -1,4 +1,4 @@
-"""Answer checkers of the user: found by entry point, recorded with the scores, and refused in one line if they fail."""
+"""User-defined answer checkers: found by entry point, recorded with the scores, refused in one line if they fail."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
-def test_a_checker_decides_in_place_of_the_rules() -> None:
+def test_a_checker_replaces_the_rules() -> None:
     with AnswerVerifier(1, "same") as verifier:
         assert verifier.compare("a|1", "a|2") == Verdict(True, "checker")
         assert verifier.compare("2", "2.0") == Verdict(False, "checker")
@@ -62,7 +62,7 @@ def test_a_checker_decides_in_place_of_the_rules() -> None:
             r"'nothing': 0 installed checkers of this name \(registered: absent, broken, number, ",
         ),
         ("absent", "popsd_test_checks:absent, which cannot be imported"),
-        ("number", "popsd_test_checks:number, which is no function"),
+        ("number", "popsd_test_checks:number, which is not a function"),
     ],
 )
 def test_a_checker_that_cannot_be_loaded_is_refused_before_samples_are_generated(name: str, message: str) -> None:
@@ -82,7 +82,7 @@ def test_a_checker_that_fails_is_named_with_the_answers(name: str, message: str)
         verifier.compare("1", "2")
 
 
-def test_scores_record_their_checker_and_are_compared_with_those_of_the_same(tmp_path: Path) -> None:
+def test_scores_record_their_checker_and_other_checkers_are_not_compared(tmp_path: Path) -> None:
     directories = []
     for name, checker in (("a", "same"), ("b", "same"), ("c", "")):
         conclude_all([drawn(tmp_path / name, [0])], EvaluationConfig(checker=checker, resamples=100), model=name)

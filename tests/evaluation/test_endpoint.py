@@ -228,7 +228,7 @@ def test_a_repeated_command_generates_only_missing_samples(server: Server, tmp_p
     more = evaluated(tmp_path, server, "evaluation.samples_per_problem=3", "evaluation.problems=4")
     assert "avg@3" in more
     assert len(server.requests) == 12
-    # Fewer than exist: only the first ones are read, as if the others did not exist.
+    # Fewer samples than exist: only the first ones are read.
     assert evaluated(tmp_path, server) == table
     with pytest.raises(UserError, match=r"temperature=0\.5 where the samples have 1\.0"):
         evaluated(tmp_path, server, "evaluation.temperature=0.5")

@@ -30,7 +30,7 @@ def verifier() -> Iterator[AnswerVerifier]:
         (r"\[\sum_{k=1}^{10} k\]", "$55$", True),
         (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)", True),
         (r"\mathbb{R}", r"(-\infty,0)", False),
-        # Wrong answers that math-verify alone accepts: an unparsed part, tiny numbers, the case of a letter.
+        # Wrong answers that math-verify by itself accepts: an unparsed part, tiny numbers, the case of a letter.
         (r"\frac{1}{2}", r"\int_0^1 x\,dx + \unknown{3}", False),
         (r"10^{-20}\sum_{k=1}^{1} k", "10^{-21}", False),
         (r"\sum_{k=1}^{2} kx", "3X", False),

@@ -53,7 +53,7 @@ def test_intervals_have_their_nominal_coverage() -> None:
     generator = np.random.default_rng(1)
     covered = 0
     for trial in range(300):
-        chances = generator.beta(2, 2, size=60)  # problems of unequal difficulty, mean 0.5, four samples each
+        chances = generator.beta(2, 2, size=60)  # problems of varying difficulty, mean 0.5, four samples each
         values = generator.binomial(4, chances) / 4
         found = intervals({"x": Ratio(list(values), [1.0] * 60)}, resamples=400, confidence=0.9, seed=trial)
         covered += found["x"][0] <= 0.5 <= found["x"][1]

@@ -1,4 +1,4 @@
-"""The files of an evaluation, also after a kill."""
+"""The files of an evaluation, including those of a killed one."""
 
 from __future__ import annotations
 

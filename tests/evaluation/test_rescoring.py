@@ -1,4 +1,4 @@
-"""Verdicts of older comparison rules are not compared with those of the present ones."""
+"""Verdicts of older comparison rules are not compared with those of the current rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = SampleSettings("m", "f", "e", 1, 1.0, 1.0, 0, 8, (), {"p": "1", "q": 
 
 
 def written_before(path: Path) -> EvaluationDirectory:
-    """An evaluation whose verdicts the present rules reverse; it has one more sample than was scored."""
+    """An evaluation whose verdicts the current rules reverse; one of its samples has no score."""
     directory = EvaluationDirectory(path / "set")
     problems = [Problem("p", "?", "18"), Problem("q", "?", "4")]
     texts = {("p", 0): "#### 18 dollars", ("q", 0): r"#### 4\sqrt(2)", ("q", 1): "#### 4"}
@@ -50,7 +50,7 @@ def test_scores_of_older_rules_without_samples_are_refused(tmp_path: Path, gone:
         Evaluation.read(directory)
 
 
-def test_scores_of_the_present_rules_are_read_unchanged(tmp_path: Path) -> None:
+def test_scores_of_the_current_rules_are_read_unchanged(tmp_path: Path) -> None:
     directory = written_before(tmp_path)
     summary = json.loads((directory.path / "summary.json").read_text())
     summary["scoring"]["comparison"] = 2

@@ -39,7 +39,7 @@ def test_digests_depend_on_the_weights_and_not_on_their_path(tmp_path: Path) -> 
     shutil.copytree(model, tmp_path / "copy")
     assert weights_digest(tmp_path / "copy") == first
     assert weights_digest(weights) != first
-    with weights.open("r+b") as file:  # training moves all weights a little
+    with weights.open("r+b") as file:  # training changes all weights slightly
         for position in range(0, 5 << 20, 1 << 16):
             file.seek(position)
             file.write(b"\x01")
@@ -82,7 +82,7 @@ def test_a_named_set_must_be_complete(tmp_path: Path) -> None:
     assert (one.name, len(one.prompts)) == ("aime24", 2)
 
 
-def test_sets_of_the_user_have_directories_of_their_own(tmp_path: Path) -> None:
+def test_sets_of_the_user_have_their_own_directories(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.data.validation = SourceConfig()
     contest: list[object] = [{"problem": f"Contest {n}?", "answer": n} for n in range(3)]

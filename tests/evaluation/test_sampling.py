@@ -13,7 +13,7 @@ SAMPLING = SamplingParams(1.0, 1.0, 0, max_response_tokens=64, stop_token_ids=fr
 
 
 class Engine:
-    """Answers with the prompt's length; every second response is truncated before its stop token."""
+    """Responds with the length of the prompt; every second response is truncated before its stop token."""
 
     def __init__(self) -> None:
         self.calls: list[list[Request]] = []
@@ -54,7 +54,7 @@ def test_samples_record_the_responses() -> None:
     engine = Engine()
     samples = generate_samples(missing_samples(prompts(2), 2), engine, SAMPLING, tokenizer(), seed=1)
     assert len(engine.calls) == 1  # all at once, so that the engine can fill its batches
-    length = len("<user>") - 5 + len(" \\boxed{2}")  # the special token is one
+    length = len("<user>") - 5 + len(" \\boxed{2}")  # the special token counts as one
     assert samples == [
         Sample("p0", 0, "<user> \\boxed{2}", length + 1, truncated=False),
         Sample("p0", 1, "<user> \\boxed{2}", length, truncated=True),

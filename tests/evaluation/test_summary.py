@@ -63,7 +63,7 @@ def test_pass_at_k() -> None:
     samples += [score("q", True, sample=number) for number in range(6)]
     found = summary(samples).pass_at
     assert found == {"2": pytest.approx((1 / 3 + 1) / 2), "4": pytest.approx((2 / 3 + 1) / 2), "6": 1.0}
-    assert list(summary(samples, pass_k=[8, 3, 1]).pass_at) == ["1", "3"]  # not more than there are samples
+    assert list(summary(samples, pass_k=[8, 3, 1]).pass_at) == ["1", "3"]  # at most the number of samples
     assert summary(samples[:1]).pass_at == {}
     fewer = [*samples, score("r")]
     assert summary(fewer).pass_at == {}

@@ -10,7 +10,7 @@ import torch
 
 
 class Logging(lightning.LightningModule):
-    """Logs a few metrics per batch of an endless epoch; trains nothing."""
+    """Logs a few metrics per batch of an endless epoch, without training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Logging(lightning.LightningModule):
 
 
 def fit(batches: int, **settings: object) -> None:
-    """Run `batches` training batches."""
+    """Runs `batches` training batches."""
     settings.setdefault("enable_progress_bar", False)
     lightning.Trainer(
         max_epochs=1,

@@ -1,4 +1,4 @@
-"""Profiles, the Flight Recorder's settings, and the dump at out-of-memory."""
+"""Profiles, settings of the Flight Recorder, and the memory dump at out-of-memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def one_step(output: Path, settings: ProfileConfig, step: int) -> None:
                 torch.ones(4, 4) @ torch.ones(4, 4)
 
 
-def test_only_the_chosen_steps_have_a_trace_with_the_phases_by_name(tmp_path: Path) -> None:
+def test_only_the_selected_steps_have_a_trace_with_named_phases(tmp_path: Path) -> None:
     settings = ProfileConfig(steps=[2])
     for step in (1, 2, 3):
         one_step(tmp_path, settings, step)
     (file,) = (tmp_path / "dumps").iterdir()
     assert file.name == "profile-step-000002-rank-0003.json.gz"
-    assert file.match(FILES[1]), "overwrite=true removes it"
+    assert file.match(FILES[1]), "overwrite=true must remove it"
     names = {event.get("name") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
     assert {"popsd.rollout", "popsd.frozen", "popsd.train"} <= names
     assert "aten::mm" in names
@@ -78,7 +78,7 @@ def test_a_dump_that_fails_does_not_hide_the_error(tmp_path: Path, monkeypatch: 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_the_flight_recorder_writes_into_the_run_unless_it_is_set_already(tmp_path: Path) -> None:
+def test_the_flight_recorder_writes_into_the_run_unless_the_user_set_it(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     set_up_flight_recorder(tmp_path, environment)
     prefix = f"{tmp_path}/dumps/flight-rank-"

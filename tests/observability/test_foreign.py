@@ -1,4 +1,4 @@
-"""Only needless output of libraries is logged at debug level."""
+"""Irrelevant output of libraries, and only that, is logged at debug."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "a_library_of_this_test"
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """A module of Megatron that has a printing function, in place of all modules; loggers of this test."""
+    """Replaces all modules by one module of Megatron with a print function; the loggers belong to this test."""
     module = types.ModuleType("megatron.of_this_test")
     module.print_rank_0 = print  # type: ignore[attr-defined]
     modules = {module.__name__: module, "unrelated": types.SimpleNamespace(print_rank_0=print)}
@@ -85,9 +85,7 @@ def test_a_log_file_gets_no_bar_of_megatron_bridge(
     assert loading.Progress is silent  # type: ignore[attr-defined]
 
 
-def test_debug_shows_warnings_that_are_hidden_otherwise(
-    libraries: types.ModuleType, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_debug_shows_hidden_warnings(libraries: types.ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     before = list(warnings.filters)
     with caplog.at_level(logging.DEBUG, logger="nemo_popsd.libraries"):
         foreign.catch_foreign_output()
@@ -105,7 +103,7 @@ def test_a_level_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch)
         console.set_up_console()
 
 
-def test_a_root_handler_of_a_library_shows_warnings_alone(
+def test_a_root_handler_of_a_library_shows_only_warnings(
     libraries: types.ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream = io.StringIO()

@@ -27,7 +27,7 @@ def run_in(output: Path) -> LoggedRun:
 
 
 def strict(line: str) -> dict:
-    """One line, by the JSON standard, which has no NaN."""
+    """Parses one line by the JSON standard, which does not allow NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict]:
     return [strict(line) for line in text.splitlines()]
 
 
-def test_every_call_writes_a_line_that_can_be_read_at_once(tmp_path: Path) -> None:
+def test_every_call_writes_a_line_that_is_immediately_readable(tmp_path: Path) -> None:
     logger = JsonlLogger(tmp_path / "new")
     logger.log_metrics({"train/loss": 0.5, "n": torch.tensor(3), "half": torch.tensor(0.5, dtype=torch.bfloat16)}, 1)
     assert lines(logger.path) == [{"step": 1, "train/loss": 0.5, "n": 3, "half": 0.5}]
@@ -146,7 +146,7 @@ assert attempt(0.5, True)[0] != first[0]
 
 
 def without_network(code: str) -> str:
-    """Runs `code` in a process in which a connection to another machine is an error."""
+    """Wraps `code` so that a connection to another machine is an error."""
     return f"""
 import socket
 connect = socket.socket.connect
@@ -160,7 +160,7 @@ socket.socket.connect = refuse
 
 @pytest.mark.slow
 def test_mlflow_writes_to_files_without_a_network(tmp_path: Path) -> None:
-    """A trainer logs to files; mlflow's own client reads them back, without any network."""
+    """A trainer logs to files, and mlflow's own client reads them, without network access."""
     code = f"""
 import json, math, mlflow
 from nemo_popsd.config.schema import PopsdConfig

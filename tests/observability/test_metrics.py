@@ -28,7 +28,7 @@ def test_a_group_is_logged_under_its_own_prefix() -> None:
     assert not [name for name in logged if name.startswith("train/mismatch")]
 
 
-def test_stopwatch_adds_up_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_accumulates_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([0.0, 1.0, 10.0, 12.5, 20.0, 20.25])
     monkeypatch.setattr(time, "perf_counter", lambda: next(readings))
     stopwatch = Stopwatch()
@@ -63,7 +63,7 @@ def test_stopwatch_waits_for_the_device_inside_the_measured_time(monkeypatch: py
     assert (stopwatch.seconds("cpu"), stopwatch.seconds("cuda"), clock[0]) == (0.0, 1.0, 2.0)
 
 
-def test_stopwatch_has_the_peak_of_the_devices_memory_in_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_has_the_peak_device_memory_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = [0]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

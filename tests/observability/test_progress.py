@@ -33,7 +33,7 @@ def test_without_a_terminal_there_is_a_line_per_step(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("batches", "lines"), [(1, 0), (3, 3)])
-def test_a_validation_of_several_batches_shows_its_progress(
+def test_a_validation_with_several_batches_shows_its_progress(
     batches: int, lines: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress = StepProgress(5)

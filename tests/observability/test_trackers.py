@@ -1,4 +1,4 @@
-"""A tracker that fails or hangs loses only its own record: the run continues."""
+"""If a tracker fails or hangs, only its own record is lost, and the run continues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.observability.one_step import fit
 
 
 class Inner:
-    """A logger that fails at a chosen call and records its arguments."""
+    """A logger that records its calls and fails at a selected one."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
         self.seen: list[Any] = []
@@ -112,7 +112,7 @@ def test_a_tracker_that_hangs_is_abandoned_in_time(caplog: pytest.LogCaptureFixt
     started = time.monotonic()
     first.close(True)
     assert 0.4 < time.monotonic() - started < 5
-    assert "Service is turned off: it does not end within 0.5 s" in caplog.text
+    assert "Service is turned off: it did not end within 0.5 s" in caplog.text
     assert trackers.any_hangs()
     forever.set()
 

@@ -26,7 +26,7 @@ from tests.evaluation.scores import sample_settings
 
 _DIFFERENCES = ("teacher_over_reference", "target_over_student")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`]]>-->\u2028\x00 <b>bold</b> &lt;"
-"""Text that breaks out of a page that does not escape it."""
+"""Text that would break out of a page without escaping."""
 
 
 def step_metrics(step: int, *, scale: float = 1.0) -> StepMetrics:
@@ -76,7 +76,7 @@ def validation(accuracy: float) -> dict[str, float]:
 
 
 def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text: str = "Wait, {}.") -> None:
-    """An evaluation with two samples for each problem, both correct or both wrong, as training stores it."""
+    """An evaluation as stored by training, with two samples per problem, both correct or both wrong."""
     config = EvaluationConfig(markers=["Wait", "Maybe"], resamples=200)
     problems = [Problem(key, f"what is {key}?", "4") for key in correct]
     samples = [Sample(key, n, text.format(key), 7 + n, False) for key in correct for n in range(2)]
@@ -105,7 +105,7 @@ def write_samples(directory: Path, step: int, correct: dict[str, bool], *, text:
 
 
 def diagnosis(text: str, *, tokens: int = 24) -> Diagnosis:
-    """Two rollouts with so many tokens, the first with alternatives; every text in them is `text`."""
+    """Two rollouts with `tokens` tokens, the first with alternatives; all their texts are `text`."""
     rollouts = [_rollout(row, text, tokens) for row in range(2)]
     figures = [
         TokenFigures(
@@ -156,7 +156,7 @@ def _rollout(row: int, text: str, tokens: int) -> dict[str, Any]:
 
 
 def view_scores(text: str = "solution") -> ViewScores:
-    """Scores of the view `text` and of one without any defined score."""
+    """Scores of the view `text`, and of one without any defined score."""
     score: Score = {"value": 0.5, "low": 0.25, "high": 0.75}
     own = ("accuracy", "markers", "ends")
     names = [

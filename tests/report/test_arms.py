@@ -1,4 +1,4 @@
-"""Means over the seeds of runs that differ in nothing else."""
+"""Means over the seeds of runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.report.runs_on_disk import write_run
 
 
 def seeded(directory: Path, seed: int, *, after: float, rate: float = 1e-5) -> Path:
-    """A run that ends at the accuracy `after`, from 0.6."""
+    """A run whose accuracy changes from 0.6 to `after`."""
     write_run(directory, name=directory.name, after=after)
     config = load_config(directory / "config.yaml", [f"seed={seed}", f"optimizer.lr={rate}"])
     save_resolved(config, directory / "config.yaml")
@@ -26,7 +26,7 @@ def seeded(directory: Path, seed: int, *, after: float, rate: float = 1e-5) -> P
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of one arm in another order than that of their seeds, and one seed of another."""
+    """Three seeds of one arm, not sorted by seed, and one seed of another arm."""
     folder = tmp_path_factory.mktemp("arms")
     afters = ((3, 0.62, 1e-5), (1, 0.63, 1e-5), (2, 0.67, 1e-5), (1, 0.5, 3e-5))
     for number, (seed, after, rate) in enumerate(afters):
@@ -42,7 +42,7 @@ def runs(written: Path, tmp_path: Path) -> list[RunData]:
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 9, 30, 31, 60, 500])
-def test_the_quantile_is_that_of_students_t(degrees: int) -> None:
+def test_the_quantile_matches_students_t(degrees: int) -> None:
     from scipy.stats import t as student_t  # takes most of a second
 
     assert _quantile(degrees) == pytest.approx(student_t.ppf(0.975, degrees), abs=2e-3)
@@ -56,7 +56,7 @@ def test_a_mean_has_the_interval_of_its_seeds() -> None:
     assert Mean.of([5.0]).text() == "5.0"
 
 
-def test_runs_that_differ_in_their_seed_alone_form_an_arm(runs: list[RunData]) -> None:
+def test_runs_that_differ_only_in_their_seed_form_an_arm(runs: list[RunData]) -> None:
     first, second = arms(runs)
     assert (first.seeds, second.seeds) == ([1, 2, 3], [1])
     assert (first.differences, second.differences) == ("optimizer.lr=1e-05", "optimizer.lr=3e-05")
@@ -72,7 +72,7 @@ def test_the_seeds_of_an_arm_are_one_line_with_an_interval(runs: list[RunData]) 
     assert (first.label, first.css, second.label, second.css) == ("optimizer.lr=1e-05, 3 seeds", "s1", "r3", "s2")
     values = iter(([(0.0, 1.0), (1.0, 2.0)], [(0.0, 3.0), (1.0, 3.0)], [(0.0, 2.0), (1.0, 7.0), (2.0, 9.0)]))
     line = first.series(lambda run: next(values))
-    assert line.points == [(0.0, 2.0), (1.0, 4.0)], "the steps that all seeds have"
+    assert line.points == [(0.0, 2.0), (1.0, 4.0)], "only the steps that all seeds have"
     step, low, high = line.band[1]
     assert (step, low, high) == pytest.approx((1.0, 4.0 - 6.57, 4.0 + 6.57), abs=0.01)
     alone = second.series(lambda run: [(0.0, 1.0)], [(0.0, 0.5, 1.5)])

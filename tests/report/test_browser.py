@@ -1,4 +1,4 @@
-"""Pages in a real browser: all plots are drawn, without errors, without requests and without unescaped text."""
+"""Pages in a real browser: all plots are drawn, without errors, requests or unescaped text."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_text_stays_inside_the_plots(browser: Browser, pages: dict[str, Path]) -
 
 
 def test_light_and_dark_are_both_readable(browser: Browser, pages: dict[str, Path]) -> None:
-    """The contrast of text on its card, by the formula of the WCAG, is at least 4.5."""
+    """The contrast of text on its card is at least 4.5 by the formula of the WCAG."""
     contrast = """(() => {
         const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
         const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
@@ -145,7 +145,7 @@ def test_the_values_of_a_token_are_shown(browser: Browser, pages: dict[str, Path
     for name in ("student", "base", "teacher", "reference-only", "target", "Δ_ref", "Δ_it"):
         assert name in text
     assert page.value("document.querySelectorAll('.alts section').length") == 5
-    page.move_to(".tokens span", 5)  # its text attempts to break out
+    page.move_to(".tokens span", 5)  # its text would break out without escaping
     assert "onerror=alert(2)" in page.value("document.querySelector('.inspector .now').innerText")
     grounds = "getComputedStyle(document.querySelectorAll('.tokens span')[7]).backgroundColor"
     both = page.value(grounds)

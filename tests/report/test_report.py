@@ -80,7 +80,7 @@ def test_the_last_line_of_a_step_counts_and_partial_lines_are_skipped(tmp_path: 
     assert "not a number" not in write_report([tmp_path], tmp_path / "r.html").read_text()
 
 
-def test_stored_samples_take_precedence_over_metrics_and_give_the_interval_of_a_change(tmp_path: Path) -> None:
+def test_stored_samples_take_precedence_over_metrics_and_determine_the_interval_of_a_change(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_samples(tmp_path, 0, {"a": True, "b": True, "c": False, "d": True})
     write_samples(tmp_path, 6, {"a": True, "b": False, "c": True, "d": True})
@@ -125,7 +125,7 @@ def test_without_samples_the_rollouts_of_the_diagnoses_are_shown(tmp_path: Path)
     assert "diagnoses" in origin
 
 
-def test_truncated_responses_are_read_under_the_present_and_the_older_key(tmp_path: Path) -> None:
+def test_truncated_responses_are_read_under_the_current_and_the_older_key(tmp_path: Path) -> None:
     write_run(tmp_path)
     summary, responses = (tmp_path / "diagnosis" / "before" / name for name in ("summary.json", "rollouts.jsonl"))
     present, _ = answer_pairs(read_run(tmp_path), 4)
@@ -165,7 +165,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert 'href="../a/diagnosis/before/index.html"' in page
 
 
-def test_runs_of_one_name_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_labelled_by_their_differences(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, name="run") for name in "abc"]
     for run, line in zip(runs, ("lr: 1.0e-06", "lr: 0.0001", "lr: 0.0003"), strict=True):
         config = run / "config.yaml"
@@ -231,7 +231,7 @@ def test_the_cost_of_a_step_is_listed_with_what_was_not_measured(tmp_path: Path)
     write_run(tmp_path)
     page = write_report([tmp_path], tmp_path / "r.html").read_text()
     assert "12.5 TFLOP/s per GPU" in page
-    assert "Not measured here: response tokens per second and gpu, share of the peak" in page
+    assert "Not measured here: response tokens per second and gpu, share of the peak flop/s" in page
     assert "<h3>cost/tflops</h3>" not in page
 
 
@@ -254,13 +254,13 @@ def test_an_unlisted_metric_is_drawn_under_its_name(tmp_path: Path) -> None:
     assert "<h3>brand_new</h3>" in write_report([tmp_path], tmp_path / "r.html").read_text()
 
 
-def test_metrics_of_an_earlier_version_are_drawn_under_their_present_names(tmp_path: Path) -> None:
+def test_metrics_of_an_earlier_version_are_drawn_under_their_current_names(tmp_path: Path) -> None:
     write_run(tmp_path)
     file = tmp_path / "metrics.jsonl"
     present = read_run(tmp_path).training
     older = {"norm_ratio": "delta_ratio", "cosine_question": "cos_total_it", "cosine_reference": "cos_total_ref"}
     lines = file.read_text().splitlines()
-    for name, old in older.items():  # the run was resumed after half of its steps
+    for name, old in older.items():  # as if the run was resumed after half of its steps
         lines = [line.replace(f"train/{name}", f"train/{old}") for line in lines[:4]] + lines[4:]
     assert "cos_total_it" in lines[1]
     assert "cos_total_it" not in lines[-2]
@@ -284,6 +284,6 @@ def test_a_page_loads_no_resources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["truncated", "cut"])
-def test_truncated_responses_are_marked_under_the_present_and_the_older_key(key: str) -> None:
+def test_truncated_responses_are_marked_under_the_current_and_the_older_key(key: str) -> None:
     assert is_truncated({key: True})
     assert not is_truncated({key: False})

@@ -1,4 +1,4 @@
-"""The page of scored views, their section in a report, and their text for the terminal."""
+"""The page of scored views, its section in a report, and its text for the terminal."""
 
 from __future__ import annotations
 

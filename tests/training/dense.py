@@ -1,4 +1,4 @@
-"""A complete step by the paper's equations, on Hugging Face models in float64: one forward per context, full logits."""
+"""A complete step by the paper's equations, on Hugging Face models in float64: one forward per context, all logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DenseStep:
     gradients: dict[str, Tensor]
     metrics: dict[str, float]
     weighted_share: float
-    """Mask of the tokens that count."""
+    """Share of the tokens that count."""
 
 
 def dense_step(
@@ -38,8 +38,8 @@ def dense_step(
 ) -> DenseStep:
     """Loss, gradient of every tensor of `live`, and the metrics of the step with all tokens diagnosed.
 
-    `teacher` has the weights of both teachers, by default those of `base`. With `tokens`, weighted: even tokens are
-    markers, and a response is right if it begins with an even token.
+    `teacher` has the weights of both teachers; the default is `base`. With `tokens`, the loss is weighted: even tokens
+    are markers, and a response is right if it begins with an even token.
     """
     student, frozen = load_dense(live, torch.float64), load_dense(base, torch.float64).requires_grad_(False)
     teaching = frozen if teacher is None else load_dense(teacher, torch.float64).requires_grad_(False)
@@ -97,7 +97,7 @@ def dense_step(
 
 
 def _weights(t: Trajectory, tokens: TokensConfig) -> tuple[float, Tensor]:
-    """Weight of a response, and of its tokens."""
+    """Weight of a response, and weights of its tokens."""
     response = t.rollout.response
     of_tokens = [
         (tokens.markers if token % 2 == 0 else 1.0)

@@ -1,4 +1,4 @@
-"""Faults that are planted in a training step in a layout, to see that its tests find them."""
+"""Faults to plant in a training step, so that tests show that they would be detected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _gather_that_sums() -> None:
 
 
 def _exchange_that_stays() -> None:
-    """Context parallelism: the exchange's backward keeps the rows that stayed here and sends nothing back."""
+    """Context parallelism: the backward of the exchange keeps the local rows and sends no rows back."""
     from nemo_popsd.megatron import response_routing
 
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -48,7 +48,7 @@ def _replace_backward(function: Any, backward: Callable[..., Any]) -> None:
 
 
 def _mean_over_context() -> None:
-    """Context parallelism: the scale forgets that Megatron multiplies by the size of that group."""
+    """Context parallelism: the scale ignores that Megatron multiplies by the size of the context-parallel group."""
     from nemo_popsd.megatron import forward
 
     right = forward.parallel_state.get_data_parallel_world_size
@@ -58,7 +58,7 @@ def _mean_over_context() -> None:
 
 
 def _embedding_of_one_stage() -> None:
-    """Pipeline: the flag that the reduction of tied embeddings reads is False while the schedule runs."""
+    """Pipeline: the flag that controls the reduction of tied embeddings is False during the schedule."""
     from nemo_popsd.megatron import optimizer
 
     right = optimizer.finalize_model_grads
@@ -74,14 +74,14 @@ def _embedding_of_one_stage() -> None:
 
 
 def _norm_output_without_gradient() -> None:
-    """Sequence parallelism on Transformer Engine: adapters use the norm's output from the layer, as in Bridge."""
+    """Sequence parallelism with Transformer Engine: adapters use the norm output of the layer, as in Bridge."""
     from nemo_popsd.megatron import adapters
 
     adapters.gather_in_adapters = lambda chunks: None  # type: ignore[assignment]
 
 
 def _slowest_network() -> None:
-    """No fault: a reduction or gather that overlaps with compute does not happen before something waits for it."""
+    """No fault: a reduction or gather that overlaps with compute is delayed until something waits for it."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     def lazy(name: str, handle: str, flag: str) -> None:
@@ -111,7 +111,7 @@ def _slowest_network() -> None:
 
 
 def _nobody_waits_for_gradients() -> None:
-    """Overlap: the update does not wait for the reductions that the backward pass has begun."""
+    """Overlap: the update does not wait for the reductions that the backward pass started."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     _slowest_network()
@@ -124,7 +124,7 @@ def _nobody_waits_for_gradients() -> None:
 
 
 def _nobody_waits_for_weights() -> None:
-    """Overlap: the forward pass does not wait for the weights that are being gathered."""
+    """Overlap: the forward pass does not wait for the all-gather of the weights."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     _slowest_network()
@@ -144,7 +144,7 @@ def _output_matrix_not_awaited() -> None:
 
 
 def _last_weights_not_gathered() -> None:
-    """Overlap: the weights of a step's last update are also gathered in the next forward pass."""
+    """Overlap: the weights of the last update of a step are also gathered only in the next forward pass."""
     from nemo_popsd.megatron.optimizer import StudentOptimizer
 
     right = StudentOptimizer.step
@@ -157,7 +157,7 @@ def _last_weights_not_gathered() -> None:
 
 
 def _slowest_pipeline() -> None:
-    """No fault: tensors received from another stage are 0 until they are waited for."""
+    """No fault: data that a stage receives from another stage is 0 until something waits for it."""
     from megatron.core.pipeline_parallel import p2p_communication
 
     right = p2p_communication._p2p_ops
@@ -183,7 +183,7 @@ def _late(request: Any, target: Tensor, arrived: Tensor) -> Any:
 
 
 def _nobody_waits_for(received: str) -> None:
-    """Overlap: a stage computes without waiting for the tensors of its neighbours."""
+    """Overlap: a stage computes without waiting for data from the previous or next stage."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     _slowest_pipeline()
@@ -200,7 +200,7 @@ def _nobody_waits_for(received: str) -> None:
 
 
 _PENDING: list[Any] = []
-"""Transfers for which nobody waits; gloo needs them until they end."""
+"""Transfers without a wait; gloo needs these objects until the transfers end."""
 
 FAULTS: dict[str, Callable[[], None]] = {
     "gather that sums": _gather_that_sums,
@@ -217,5 +217,6 @@ FAULTS: dict[str, Callable[[], None]] = {
     "nobody waits for states": partial(_nobody_waits_for, "recv_prev"),
     "nobody waits for gradients of states": partial(_nobody_waits_for, "recv_next"),
 }
-"""Each leaves the loss of the first step as it is and changes gradients or weights, except for the slowest network and
-pipeline, which change nothing, and states for which nobody waits, which change the loss."""
+"""Faults by name. Each leaves the loss of the first step unchanged and changes gradients or weights. Exceptions: the
+slowest network and pipeline change nothing; states without a wait change the loss.
+"""

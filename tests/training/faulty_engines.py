@@ -1,4 +1,4 @@
-"""Engines whose tokens do not come from the weights and prompts that the trainer believes, as real servers fail."""
+"""Engines that generate with other weights or prompts than the trainer assumes, like faulty servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Weights = list[torch.Tensor]
 
 
 class FaultyEngine:
-    """Generates with other weights or prompts than the live ones, and reports the version of the live ones."""
+    """Generates with other weights or prompts than the live ones, but reports the version of the live weights."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class FaultyEngine:
 
 
 def trained_weights(student: Any) -> Weights:
-    """Copies of the weights that are trained: all, or the adapters."""
+    """Copies of the trained weights: all weights, or the adapters."""
     return [parameter.detach().clone() for parameter in _trained(student)]
 
 
 def garbage(student: Any) -> Weights:
-    """The same weights in another order, as a buffer that was filled with another tensor's bytes."""
+    """The same weights in another order, like a buffer filled with the bytes of another tensor."""
     generator = torch.Generator().manual_seed(1)
     return [
         weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight)

@@ -1,4 +1,4 @@
-"""Two steps on fixed rollouts in any layout, with every gradient and weight of the full model by name."""
+"""Two steps on fixed rollouts in any layout, and every gradient and weight of the full model by name."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from torch import Tensor
 from tests.training.faults import FAULTS
 
 LENGTHS = (9, 1, 4, 12, 1, 7)
-"""Response tokens of the step's rows; one-token responses among them."""
+"""Response tokens of the step's rows, including one-token responses."""
 STEPS = 2
-"""The second starts from updated weights, moments and moved teachers."""
+"""The second step starts with updated weights, moments and moving teachers."""
 # An epsilon above the rounding of the gradients: Adam's first step is lr · g / (|g| + eps).
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3, "clip_grad": 1.0, "distributed": "false"}
 
 Settings = dict[str, dict[str, Any]]
-"""Settings of a layout in addition to `parallel`, by section."""
+"""Settings of a layout other than `parallel`, by section."""
 
 
 @dataclass
 class Variant:
-    """The training of a layout."""
+    """A configuration to train in a layout."""
 
     kind: str = "qwen3"
     adaptation: str = "full"
     packing: bool = False
     targets: tuple[str, ...] = ()
-    """Targets of the adapters; empty for the default ones."""
+    """Target modules of the adapters; empty means the default."""
     precision: str = "fp32"
     moving: bool = False
-    """Uses a moving average as teacher; under full fine-tuning also as anchor."""
+    """Whether the teacher is a moving average; with full fine-tuning also the anchor."""
     weighted: bool = False
-    """Uses token weights and gates."""
+    """Whether token weights and gates are set."""
     siblings: bool = False
-    """Pairs of rows with the same prompts."""
+    """Whether pairs of rows have the same prompts."""
     shared: bool = False
     """`training.share_prefixes`."""
     shares: tuple[tuple[int, ...], ...] | None = None
-    """Rows of each data-parallel rank, which are then not rebalanced; None for equal shares, which are."""
+    """Rows of each data-parallel rank, without rebalancing; None for equal shares with rebalancing."""
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
     variants: dict[str, Variant],
     fault: str = "",
 ) -> dict[str, Any]:
-    """Each variant's losses, metrics, first gradients and last weights; with one of `FAULTS` planted where named."""
+    """Losses, metrics, first gradients and last weights of each variant; `fault` names one of `FAULTS` to plant."""
     if fault:
         FAULTS[fault]()
     return {name: _train(folder, parallel, others, variant) for name, variant in variants.items()}
@@ -92,7 +92,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
     run = start(folder / variant.kind, config, initial=live)
     if variant.adaptation == "lora":
         randomize_adapters(run.student)
-        run.optimizer.megatron.reload_model_params()  # in bf16 the optimizer has weights of its own
+        run.optimizer.megatron.reload_model_params()  # in bf16 the optimizer has its own weights
     group = run.student.dp_group
     share = len(LENGTHS) // group.size()
     mine = list(range(group.rank() * share, (group.rank() + 1) * share))
@@ -126,7 +126,7 @@ def _train(folder: Path, parallel: dict[str, Any], others: Settings, variant: Va
 
 
 Named = list[list[tuple[str, Any, Tensor]]]
-"""For each chunk: name of a parameter, the parameter, and a tensor of its shape."""
+"""By model chunk: name of a parameter, the parameter, and a tensor of its shape."""
 
 
 def _main_gradients(run: Any) -> Named:
@@ -135,7 +135,7 @@ def _main_gradients(run: Any) -> Named:
             if not chunk.ddp_config.use_distributed_optimizer:
                 continue
             group = buffer.data_parallel_group
-            for bucket in buffer.buckets:  # the distributed optimizer leaves each rank the sum of its part alone
+            for bucket in buffer.buckets:  # with the distributed optimizer, a rank has the sum of its part only
                 parts = list(bucket.grad_data.chunk(group.size()))
                 gathered = [torch.empty_like(part) for part in parts]
                 dist.all_gather(gathered, parts[group.rank()].clone(), group=group)
@@ -147,8 +147,9 @@ def _main_gradients(run: Any) -> Named:
 
 
 def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
-    """Full tensors of this rank's stage, by their names in a full model of local layers. Collective over the
-    tensor-parallel group: one all-gather for each sharded tensor.
+    """Full tensors of this rank's stage, by their names in a full model of local layers.
+
+    Collective over the tensor-parallel group: one all-gather for each sharded tensor.
     """
     from nemo_popsd.megatron.adapters import full_model_name
 
@@ -162,7 +163,7 @@ def whole_tensors(run: Any, named: Named) -> dict[str, Tensor]:
 
 
 def local_name(name: str) -> str:
-    """The name that a parameter of Transformer Engine's layers has in local layers, which do not fuse the norms."""
+    """The name in local layers, which do not fuse the norms, of a parameter of Transformer Engine's layers."""
     name = re.sub(r"self_attention\.linear_qkv\.(to_wrap\.)?layer_norm_weight", "input_layernorm.weight", name)
     name = re.sub(r"mlp\.linear_fc1\.(to_wrap\.)?layer_norm_weight", "pre_mlp_layernorm.weight", name)
     return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
@@ -173,7 +174,7 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
         return tensor.clone().float()
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
-    # Transformer Engine marks a grouped expert's weights as split along the first dimension, whatever they are.
+    # Transformer Engine always marks the weights of grouped experts as split along the first dimension.
     dimension = 1 if re.search(r"experts\.linear_fc2\.weight\d", name) else parameter.partition_dim
     gate_and_up = "linear_fc1" in name and dimension == 0 and "linear_in" not in name
     if gate_and_up:  # each rank has its part of the gate above its part of the up projection
@@ -184,7 +185,7 @@ def _whole(name: str, parameter: Any, tensor: Tensor, group: Any) -> Tensor:
 
 @torch.no_grad()
 def randomize_adapters(student: Any) -> None:
-    """Sets the B matrices to the same values in every layout, so that the A matrices have gradients as well."""
+    """Sets the B matrices to the same nonzero values in every layout, so that the A matrices have gradients too."""
     from nemo_popsd.megatron.adapters import full_model_name
 
     for chunk in student.chunks:
@@ -202,9 +203,9 @@ def randomize_adapters(student: Any) -> None:
 
 
 def deviations(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """Largest deviation of each tensor, relative to the largest entry that it should have."""
+    """Largest deviation of each tensor, relative to its largest expected entry."""
     for name, value in actual.items():
-        # A tied output matrix is a separate parameter where it is on another stage than the embedding.
+        # A tied output matrix is a separate parameter if it is on a different stage than the embedding.
         tied = name == "output_layer.weight" and name not in expected
         wanted = expected["embedding.word_embeddings.weight" if tied else name]
         assert wanted.abs().max() > 0, f"{name}: nothing to compare"

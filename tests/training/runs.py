@@ -1,4 +1,4 @@
-"""A student on this rank, with rows and responses generated from their index, without files and tokenizer."""
+"""A student on this rank, with rows and responses generated from their index, without files or tokenizer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from nemo_popsd.training.trajectory import Trajectory
 
 VOCAB_SIZE = 203
 STOPS = frozenset({2, 5, 11, 17})
-"""Enough of them that random responses end at different lengths."""
+"""Stop tokens, enough for random responses to end at different lengths."""
 
 
 def settings(**sections: dict[str, Any]) -> PopsdConfig:
-    """A run in fp32 with short limits; values of a section are replaced by name."""
+    """Configuration of a run in fp32 with short limits; `sections` override values by name."""
     config = PopsdConfig()
     base: dict[str, dict[str, Any]] = {
         "student": {"precision": "fp32", "adaptation": "full"},
@@ -60,7 +60,7 @@ EVEN_TOKENS = ResponseReader(
     marked=lambda response: [token % 2 == 0 for token in response],
     is_right=None,
 )
-"""Takes the even tokens for markers; rows have no answers."""
+"""Even tokens are markers; rows have no answers."""
 
 
 @dataclass
@@ -74,11 +74,11 @@ class Run:
     steps: int = 0
     reader: ResponseReader = EVEN_TOKENS
     weights: BranchWeights | None = None
-    """Token counts of the frozen branches in the last `on_policy_step`."""
+    """Weights of the frozen branches, from the last `on_policy_step`."""
 
     @property
     def sampling(self) -> SamplingParams:
-        """The rollout section, with `STOPS`."""
+        """Sampling parameters of the rollout section, with `STOPS`."""
         section = self.config.rollout
         return SamplingParams(
             section.temperature, section.top_p, section.top_k, section.max_response_tokens, stop_token_ids=STOPS
@@ -104,7 +104,7 @@ class Run:
         rows: TrainingRows | None = None,
         stop: StopSignals | None = None,
     ) -> OnPolicyStep:
-        """The step of the package, with `reader`."""
+        """An `OnPolicyStep` with `reader`."""
         rollouts = StepRollouts(
             self.config.rollout,
             self.student,
@@ -129,7 +129,7 @@ class Run:
         )
 
     def update(self) -> None:
-        """Updates the weights and counts."""
+        """Updates the weights and counts the update."""
         self.optimizer.step()
         self.steps += 1
 
@@ -138,9 +138,9 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
     """Process groups, student with the weights of `directory`, optimizer. Collective.
 
     Args:
-        directory: the base.
-        config: the run.
-        initial: another model, whose weights the live student uses, so that it differs from its base.
+        directory: model directory of the base.
+        config: configuration of the run.
+        initial: another model whose weights the live student gets, so that it differs from its base.
     """
     initialize(config.parallel, seed=config.seed)
     source = HuggingFaceModel(directory)
@@ -154,7 +154,7 @@ def start(directory: Path, config: PopsdConfig, *, initial: Path | None = None) 
         fp8=config.fp8,
     )
     if initial is not None:
-        with student.base.model():  # makes the copy before the live weights change
+        with student.base.model():  # creates the copy before the live weights change
             pass
         HuggingFaceModel(initial).load(student.chunks)
     model = student.wrap(config.optimizer)
@@ -182,7 +182,7 @@ class ScriptedEngine:
 
 
 def row(number: int) -> PromptRow:
-    """A row whose three prompts have nothing in common, length included."""
+    """A row whose three prompts share no prefix and have different lengths."""
     contexts = Contexts(
         student=_ids(f"student/{number}", 3, 9),
         privileged=_ids(f"privileged/{number}", 12, 20),
@@ -194,7 +194,7 @@ def row(number: int) -> PromptRow:
 
 
 def sibling(number: int) -> PromptRow:
-    """One of two rows with the same prompts, whose contexts begin alike, the reference first."""
+    """One of two rows with the same prompts; its contexts share a prefix, with the reference first."""
     head, question, reference = (
         _ids("head", 2, 2),
         _ids(f"question/{number // 2}", 3, 6),
@@ -227,9 +227,9 @@ def _ids(name: str, shortest: int, longest: int) -> list[int]:
 
 
 def named_gradients(run: Run, scratch: Path) -> dict[str, torch.Tensor]:
-    """Gradient of each tensor of the Hugging Face model in any layout. Collective; for full fine-tuning.
+    """Gradient of each tensor of the Hugging Face model, in any layout. Collective; requires full fine-tuning.
 
-    The gradients replace the weights during an export of the model.
+    Temporarily replaces the weights by the gradients and exports the model.
     """
     parameters = [p for chunk in run.student.chunks for p in chunk.parameters()]
     kept = [parameter.detach().clone() for parameter in parameters]

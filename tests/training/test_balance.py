@@ -23,14 +23,14 @@ def test_each_index_has_one_rank_and_loads_are_balanced(costs: list[int], ranks:
 
 
 def test_shares_of_examples() -> None:
-    assert balanced_shares([5, 10, 4, 4], 2) == [[1], [0, 2, 3]]  # 10; then 5, 4 and 4, each time to the one with less
+    assert balanced_shares([5, 10, 4, 4], 2) == [[1], [0, 2, 3]]  # 10; then 5, 4, 4 to the smaller sum
     assert balanced_shares([5, 8, 4, 4], 2) == [[1, 3], [0, 2]]
     assert balanced_shares([7], 3) == [[0], [], []]
     assert balanced_shares([], 2) == [[], []]
 
 
 def _siblings(rank: int, world_size: int) -> dict[str, Any]:
-    """This rank's share of three rows with two rollouts each, which start on other ranks."""
+    """This rank's share of three rows with two rollouts each, which start on different ranks."""
     from dataclasses import replace
 
     import torch.distributed as dist
@@ -62,7 +62,7 @@ def test_siblings_stay_together() -> None:
 
 
 def _rebalanced(rank: int, world_size: int) -> dict[str, Any]:
-    """This rank's share of six rollouts; each of three ranks has a contiguous third."""
+    """This rank's share of six rollouts; each of three ranks starts with a contiguous third."""
     import torch.distributed as dist
 
     from nemo_popsd.training.balance import rebalance
@@ -76,14 +76,14 @@ def _rebalanced(rank: int, world_size: int) -> dict[str, Any]:
     } | {"costs": {t.row_id: (t.cost, t.rollout.response) for t in trajectories}}
 
 
-def test_updates_take_the_same_rows_in_any_layout() -> None:
+def test_updates_use_the_same_rows_in_any_layout() -> None:
     [one], three = run_ranks(_rebalanced, 1), run_ranks(_rebalanced, 3)
     assert one["1 updates"] == [[f"row{number}" for number in range(6)]]
     assert one["2 updates"] == [["row0", "row2", "row4"], ["row1", "row3", "row5"]]
     for updates in (1, 2, 3):
         for part, rows in enumerate(one[f"{updates} updates"]):
             assert sorted(row for seen in three for row in seen[f"{updates} updates"][part]) == sorted(rows)
-    # The three long ones are on three ranks.
+    # The three long rollouts are on three ranks.
     for seen in three:
         assert len({"row0", "row4", "row5"} & set(seen["1 updates"][0])) == 1
         assert all(one["costs"][row] == cost for row, cost in seen["costs"].items())

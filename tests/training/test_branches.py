@@ -1,4 +1,4 @@
-"""The frozen branches against one dense forward per context, and which of them are run."""
+"""The frozen branches against one dense forward per context, and the choice of branches that run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("way", [*(f"budget {budget}" for budget in BUDGETS), "shared"])
-def test_states_are_those_of_separate_forwards_of_the_right_contexts(
+def test_states_match_separate_forwards_of_the_right_contexts(
     seen: dict[str, Any], dense: list[dict[str, torch.Tensor]], way: str
 ) -> None:
     for states, expected in zip(seen[way], dense, strict=True):
@@ -153,7 +153,7 @@ def test_the_sample_is_the_same_each_time(seen: dict[str, Any]) -> None:
 
 
 def without_sharing(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """States of a model with sliding windows, with and without shared prefixes, twice; and the log records."""
+    """States of a model with sliding windows, twice with and without shared prefixes, and the log messages."""
     import logging
 
     from nemo_popsd.distillation import Target

@@ -1,4 +1,4 @@
-"""Alarms at collapse: when, in which direction, how often by mistake, and after a restart."""
+"""Alarms for collapse: time, direction, false alarms, and behaviour after a restart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_popsd.training.drift import QUANTITIES, Alarm, DriftWatch
 from nemo_popsd.training.repetition import repeated_tokens
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_runs.json").read_text())
-"""Metrics of runs of the testbed (experiments/conf.yaml), by name and by quantity, one value for each step."""
+"""Metrics of runs of the testbed (experiments/conf.yaml), by name and by quantity, one value per step."""
 
 
 def alarms(run: dict[str, list[float]], settings: DriftConfig | None = None) -> dict[str, Alarm]:
@@ -61,8 +61,8 @@ def test_the_delays_are_those_of_the_documents() -> None:
     assert first_alarms(recorded("live PMI", "1e-3")) == [10, 9, 10]
 
 
-def test_a_lower_threshold_notices_small_changes() -> None:
-    """It also has alarms by chance in long runs: docs/guards.md."""
+def test_a_lower_threshold_detects_small_changes() -> None:
+    """It also raises false alarms in long runs; see docs/guards.md."""
     sensitive = DriftConfig(threshold=5)
     assert set(first_alarms(QUIET, sensitive)) == {None}
     assert None not in first_alarms(recorded("OPSD", "1e-4"), sensitive)[1:]
@@ -78,11 +78,11 @@ def test_an_accuracy_is_compared_with_the_first_evaluation_by_its_standard_error
     assert (alarm.step, alarm.rose, alarm.onset) == (50, False, 0)
     assert found(0.6, 0.3, error=0.2) == [], "few problems"
     assert found(0.6, *[0.6 + change for change in (-0.04, 0.04, -0.05, 0.05)] * 20) == []
-    assert found(0.6, *[0.48] * 10)[0].step < 500, "a smaller change is noticed by its repetition"
+    assert found(0.6, *[0.48] * 10)[0].step < 500, "a smaller change is detected because it persists"
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.startswith("OPSD, 3e-4")])
-def test_opsd_at_the_rate_of_purified_shortens_and_is_noticed(name: str) -> None:
+def test_opsd_at_the_rate_of_purified_shortens_and_is_detected(name: str) -> None:
     found = alarms(RECORDED[name])
     assert not found["response_tokens"].rose
     assert not found["marker_rate"].rose
@@ -90,7 +90,7 @@ def test_opsd_at_the_rate_of_purified_shortens_and_is_noticed(name: str) -> None
     assert found["response_tokens"].onset < found["response_tokens"].step
 
 
-def test_a_run_that_grows_without_end_is_noticed_when_it_begins() -> None:
+def test_a_run_that_keeps_growing_is_detected_at_its_beginning() -> None:
     """PMI on the live student at ten times its rate: from step 10 on responses are truncated."""
     found = alarms(RECORDED["live PMI, 1e-3, seed 1"])
     assert found["response_tokens"].rose
@@ -102,7 +102,7 @@ def test_a_run_that_grows_without_end_is_noticed_when_it_begins() -> None:
 
 @pytest.mark.slow
 def test_false_alarms_of_runs_that_do_not_change_are_rare() -> None:
-    """200 steps with the noise of the testbed, 6 % of the length of a response and 4 % of the rate of markers."""
+    """200 steps with the noise of the testbed: 6 % of the response length and 4 % of the marker rate."""
     draw = random.Random(0)
     count, spread = 400, {"response_tokens": (100.0, 6.0), "marker_rate": (51.0, 2.0), "student_entropy": (0.11, 0.006)}
     wrong = 0
@@ -130,14 +130,14 @@ def test_a_lasting_change_within_the_slack_raises_no_alarm() -> None:
     assert alarms({"response_tokens": run}, DriftConfig(slack=0.01))["response_tokens"].rose
 
 
-def test_what_is_not_finite_or_absent_is_left_out() -> None:
+def test_non_finite_and_absent_values_are_ignored() -> None:
     run = {"response_tokens": [100.0, math.nan] * 10 + [50.0] * 10}
     assert alarms(run)["response_tokens"].baseline == 100
     watch = DriftWatch(DriftConfig())
     assert watch.update(1, {}) == []
 
 
-def test_a_run_that_is_resumed_goes_on_with_its_sums_and_does_not_repeat_an_alarm() -> None:
+def test_a_resumed_run_continues_its_sums_and_does_not_repeat_an_alarm() -> None:
     values = RECORDED["live PMI, 1e-3, seed 1"]["response_tokens"]
     expected = alarms({"response_tokens": values})["response_tokens"]
     for cut in (4, 10, expected.step):

@@ -11,7 +11,7 @@ from tests.tiny_models import save_tiny_model
 
 
 def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """Steps of two data-parallel ranks that fail on one of them; the error and the weights of each rank."""
+    """Steps on two data-parallel ranks, one of which fails; returns error and weights of each rank."""
     from nemo_popsd.training import step as module
     from nemo_popsd.training.guard import NonFiniteError, refuse_non_finite
     from tests.digests import base_digest
@@ -29,7 +29,7 @@ def poisoned_step(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     def poisoned(self: Any, trajectories: Any) -> Any:
         states = healthy(self, trajectories)
         for trajectory, state in zip(trajectories, states, strict=True):
-            if trajectory.row_id == "row3":  # which rank has it depends on the lengths
+            if trajectory.row_id == "row3":  # the rank of this row depends on the lengths
                 state.vectors.anchor[3] = torch.nan
                 seen["holds it"] = rank
         return states

@@ -1,7 +1,7 @@
-"""Every layout trains in the same way: loss, the gradient of every parameter, the weights after two steps.
+"""Every layout yields the same training: loss, the gradient of every parameter, the weights after two steps.
 
-The reference is one process with padded micro-batches, which `test_objective` holds against the paper's equations on
-dense models. Packed runs are compared with it too, so packed is padded.
+The reference is one process with padded micro-batches, which `test_objective` compares with the paper's equations on
+dense models. Packed runs are also compared with this reference, so packing equals padding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from tests.tiny_models import save_tiny_model
 from tests.training.layouts import Settings, Variant, deviations, train
 
 GRADIENT_TOLERANCE = 2e-5
-"""Tolerance relative to the largest entry of the same gradient. All is fp32, and layouts sum in different orders,
-which costs 1e-7 per sum; through four layers and a softmax up to 4e-6 was measured. The error of a wrong gradient is
-about as large as the gradient."""
+"""Relative to the largest entry of the same gradient. Layouts sum in different orders in fp32, which causes 1e-7 per
+sum; up to 4e-6 was measured through four layers and a softmax. A wrong gradient has an error of its own magnitude.
+"""
 WEIGHT_TOLERANCE = 1e-4
-"""Tolerance relative to the largest entry of the same weight, after two steps of Adam at 1e-2; up to 2e-5 was
-measured."""
+"""Relative to the largest entry of the same weight, after two steps of Adam at 1e-2; up to 2e-5 was measured."""
 
 DENSE = ("linear_qkv", "linear_proj")
 VARIANTS = {
@@ -31,25 +30,25 @@ VARIANTS = {
     "full, packed": Variant(packing=True),
     "lora, padded": Variant(adaptation="lora"),
     "lora, packed": Variant(adaptation="lora", packing=True),
-    # Weights of tokens, and gates; which ranks own a token and its weight is the layout's.
+    # Token weights and gates; the layout determines the rank that owns a token and its weight.
     "weighted, padded": Variant(weighted=True),
     "weighted, packed": Variant(weighted=True, packing=True),
-    # Teachers that follow the student, of which a rank has its shards.
+    # Teachers that follow the student; each rank has their shards.
     "moving, full, padded": Variant(moving=True),
     "moving, full, packed": Variant(moving=True, packing=True),
     "moving, lora, padded": Variant(moving=True, adaptation="lora"),
     "moving, lora, packed": Variant(moving=True, adaptation="lora", packing=True),
-    # Transformer Engine gathers and exchanges heads of multiples of eight.
+    # Transformer Engine gathers and exchanges heads in multiples of eight.
     "wide heads, padded": Variant(kind="qwen3_wide"),
     "wide heads, packed": Variant(kind="qwen3_wide", packing=True),
     "wide heads, lora, padded": Variant(kind="qwen3_wide", adaptation="lora"),
     "wide heads, lora, packed": Variant(kind="qwen3_wide", adaptation="lora", packing=True),
-    # Three layers of four attend within five tokens.
+    # Three of four layers attend within five tokens.
     "windows, padded": Variant(kind="olmo3"),
     # Output matrix and embedding are one parameter, with a copy on the last stage of a pipeline.
     "tied, padded": Variant(kind="qwen3_tied"),
     "tied, packed": Variant(kind="qwen3_tied", packing=True),
-    # Four experts, two of them for each token.
+    # Four experts, two per token.
     "experts, padded": Variant(kind="qwen3_moe"),
     "experts, packed": Variant(kind="qwen3_moe", packing=True),
     "experts, lora, padded": Variant(kind="qwen3_moe", adaptation="lora"),
@@ -129,27 +128,30 @@ def reference(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Results of the layouts on each kind of layers so far, each run once."""
+    """Cache of results by layout and kind of layers, so that each runs once."""
     return {}
 
 
 FUSED_ALONE = ("cp2 all_gather", "cp2 a2a", "cp4 a2a+p2p")
-"""The layouts of TE layers alone; local layers gather keys and values in every one with context parallelism."""
+"""Layouts that only TE layers have; local layers always gather keys and values with context parallelism."""
 SOME = ("tp2 sp", "pp2 vpp2", "cp2", "dp2 distributed")
-"""The layouts in which tokens are weighted and teachers move: one for each way to split."""
+"""Layouts with token weights and moving teachers: one for each kind of parallelism."""
 ADAPTED = ("experts: tp2 sp ep2", "experts: tp2 sp ep2 etp2")
-"""The layouts in which a mixture has adapters."""
+"""Layouts in which a mixture of experts has adapters."""
 SINGLE = ("one", "tp2", "pp2", "dp2", "experts: tp2 sp", "experts: ep2", *SOME)
-"""The layouts with one way to split, or none. The others combine them, or add an option."""
+"""Layouts with at most one kind of parallelism. The others combine several or add an option."""
 
 
 def variants_of(layout: str, layers: str) -> dict[str, Variant]:
-    """Dense models, with tied embeddings only in pipelines, with wide heads or windows in `FUSED_ALONE`; or mixtures of
-    experts. Weighted and moving in `SOME`. Transformer Engine gathers keys and values, and joins exchange and ring, of
-    padded sequences alone; its ring has no windows. Adapters of experts are for whole experts of local layers.
+    """The variants to train in `layout` on `layers`.
 
-    In a layout that is not `SINGLE`, each variant runs on one kind of layers: full fine-tuning is packed on one kind
-    and padded on the other, and LoRA the other way round.
+    Dense models, with tied embeddings only in pipelines and with wide heads or windows in `FUSED_ALONE`; or mixtures of
+    experts. Weighted and moving variants in `SOME`. Transformer Engine gathers keys and values, and combines exchange
+    and ring, only for padded sequences; its ring does not support windows. Adapters of experts require whole experts of
+    local layers.
+
+    In a layout that is not in `SINGLE`, each variant runs on one kind of layers: full fine-tuning is packed on one kind
+    and padded on the other, and vice versa for LoRA.
     """
     if layout in FUSED_ALONE and layers == LOCAL:
         return {}
@@ -196,7 +198,7 @@ def logged(seen: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Every rank saw the metrics of the complete step, and its part of the model is that of `expected`."""
+    """Every rank has the metrics of the complete step, and its part of the model matches `expected`."""
     seen: set[str] = set()
     for rank in ranks:
         for measured, wanted in zip(logged(rank), logged(expected), strict=True):
@@ -211,7 +213,7 @@ def same_training(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None
             errors = dict(deviations(rank[what], expected[what]))
             assert {name: error for name, error in errors.items() if not error < tolerance} == {}, what
         seen |= rank["gradients"].keys()
-    assert seen >= expected["gradients"].keys(), "every parameter is somewhere"
+    assert seen >= expected["gradients"].keys(), "every parameter is on some rank"
 
 
 @pytest.mark.slow
@@ -266,7 +268,7 @@ SHARES = {
 
 
 @pytest.mark.slow
-def test_unequal_shares_and_an_empty_rank_give_the_union(folder: Path, reference: dict[str, Any]) -> None:
+def test_unequal_shares_and_an_empty_rank_train_like_one_process(folder: Path, reference: dict[str, Any]) -> None:
     variants = {
         f"{name}, {adaptation}": Variant(adaptation=adaptation, packing=adaptation == "full", shares=shares)
         for name, shares in SHARES.items()
@@ -308,7 +310,7 @@ def test_planted_faults_that_the_loss_does_not_show_are_detected(
 
 
 def test_a_missing_scale_is_refused_where_the_loss_adds_the_matrix_gradient(folder: Path) -> None:
-    """Full fine-tuning: the loss gets the factor by which backward multiplies it; backward refuses another factor."""
+    """Full fine-tuning: the loss receives the factor of the backward pass, and backward refuses a different factor."""
     world_size, parallel, others = LAYOUTS["cp2"]
     chosen = {"full, padded": VARIANTS["full, padded"]}
     with pytest.raises(AssertionError, match=r"main_gradient\.upstream"):

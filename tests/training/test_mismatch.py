@@ -1,4 +1,4 @@
-"""An engine that generates with other weights or prompts than the trainer believes is caught at its first step."""
+"""An engine that generates with other weights or prompts than the trainer assumes is detected at its first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BF16 = [*FULL, "student.precision=bf16"]
 
 
 def observe(rank: int, world_size: int, words: list[str], parallel: list[str]) -> dict[str, Any]:
-    """Two honest steps on the embedded model, then one step with each faulty engine: metrics, or the error."""
+    """Two correct steps on the embedded model, then one step with each faulty engine; returns metrics or the error."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.data.tokenizer import load_tokenizer, read_generation_config, stop_token_ids
     from nemo_popsd.embedded.names import asset
@@ -85,10 +85,10 @@ def exact(request: pytest.FixtureRequest) -> dict[str, Any]:
     return seen
 
 
-def test_honest_steps_agree_to_rounding(exact: dict[str, Any]) -> None:
+def test_correct_steps_agree_up_to_rounding(exact: dict[str, Any]) -> None:
     for number in (1, 2):
         measured = exact[f"honest {number}"]
-        assert 0 < measured.max < 1e-4, "they may not be the same numbers by construction"
+        assert 0 < measured.max < 1e-4, "the two must be computed independently"
         assert measured.kl < 1e-10
         assert measured.start_kl < 1e-10
         assert measured.mean_ratio == pytest.approx(1, abs=1e-5)
@@ -117,7 +117,7 @@ def test_each_fault_ends_the_run_before_the_weights_change(exact: dict[str, Any]
 
 
 @pytest.mark.slow
-def test_bf16_rounds_and_large_faults_are_caught_all_the_same() -> None:
+def test_large_faults_are_detected_despite_bf16_rounding() -> None:
     (seen,) = run_ranks(observe, 1, BF16, [])
     for number in (1, 2):
         assert 1e-8 < seen[f"honest {number}"].kl < 1e-3
@@ -127,7 +127,7 @@ def test_bf16_rounds_and_large_faults_are_caught_all_the_same() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [["parallel.tensor=2"], ["parallel.context=2"], []], ids=["tp2", "cp2", "dp2"])
-def test_the_measurement_is_of_all_ranks_and_ends_them_together(layout: list[str]) -> None:
+def test_the_measurement_covers_all_ranks_and_ends_them_together(layout: list[str]) -> None:
     ranks = run_ranks(observe, 2, LORA, layout)
     for seen in ranks:
         assert seen["honest 2"] == ranks[0]["honest 2"]
@@ -137,7 +137,7 @@ def test_the_measurement_is_of_all_ranks_and_ends_them_together(layout: list[str
 
 
 def bounded(rank: int, world_size: int, engine_log_probs: list[float], settings: dict[str, Any]) -> Any:
-    """The guard on one response whose every token has log-probability -1 under the trainer."""
+    """The guard on one response whose tokens all have log-probability -1 under the trainer."""
     from nemo_popsd.megatron.response_routing import UNSPLIT
     from nemo_popsd.rollout.engine import Rollout
     from nemo_popsd.training.mismatch import MismatchBounds, MismatchGuard
@@ -161,7 +161,7 @@ def bounded(rank: int, world_size: int, engine_log_probs: list[float], settings:
         return error, lines
 
 
-def test_the_figures_are_those_of_the_definitions() -> None:
+def test_the_metrics_match_their_definitions() -> None:
     engine = [-1.0] * 40 + [-3.0, -1.5]
     ((measured, lines),) = run_ranks(bounded, 1, engine, {"mismatch": "off"})
     terms = [0.0] * 40 + [math.exp(2) - 1 - 2, math.exp(0.5) - 1 - 0.5]
@@ -181,7 +181,7 @@ def test_between_the_bounds_it_warns_once() -> None:
     assert line.index("template:") < line.index("weights version:") < line.index("temperature:")
 
 
-def test_a_not_a_number_ends_the_run_unless_it_only_warns() -> None:
+def test_nan_ends_the_run_unless_the_guard_only_warns() -> None:
     ((error, _),) = run_ranks(bounded, 1, [-1.0, math.nan], {})
     assert isinstance(error, UserError)
     ((measured, lines),) = run_ranks(bounded, 1, [-1.0, math.nan], {"mismatch": "warn"})

@@ -1,4 +1,4 @@
-"""Teachers and anchor whose weights follow the student: which weights each branch has, and how they move."""
+"""Teachers and anchor whose weights follow the student: the weights of each branch, and their updates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def first_steps(rank: int, world_size: int, models: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Loss and gradients of a step of each case, in which the student is not its base; its weights in `folder`."""
+    """Loss and gradients of a step of each case, with a student that differs from its base; weights in `folder`."""
     from tests.training.layouts import randomize_adapters
     from tests.training.runs import ScriptedEngine, named_gradients, response, row, settings, start
 
@@ -64,7 +64,7 @@ def first_steps(rank: int, world_size: int, models: dict[str, Path], folder: Pat
 
 
 def test_each_branch_has_the_weights_that_are_set(models: dict[str, Path], tmp_path: Path) -> None:
-    """Loss and gradient of the paper's equations in float64, with the weights of each branch exchanged."""
+    """Compares with loss and gradient of the paper's equations in float64 with these weights in each branch."""
     from tests.training.dense import dense_step
     from tests.training.runs import trajectory
 
@@ -91,7 +91,7 @@ def test_each_branch_has_the_weights_that_are_set(models: dict[str, Path], tmp_p
 
 
 def movements(rank: int, world_size: int, model: Path) -> dict[str, Any]:
-    """A trained weight after each of five steps, and what an average and a snapshot of it are then."""
+    """A trained weight after each of five steps, with its moving average and its snapshot."""
     from tests.training.runs import row, settings, start
 
     found: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def test_averages_and_snapshots_move_as_set(models: dict[str, Path]) -> None:
         ("anchor", {"weights": "snapshot", "every": 0}, r"distillation\.anchor\.every=0"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(section: str, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(section: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DistillationConfig(**{section: WeightsConfig(**settings)})  # type: ignore[arg-type]
 

@@ -24,10 +24,9 @@ CASES: dict[str, tuple[str, TokensConfig | None]] = {
     "sequence, weighted": ("sequence", WEIGHTED),
     "token, weighted": ("token", WEIGHTED),
 }
-"""Cases by name: the mean, and weights of tokens."""
+"""Cases by name: mean and token weights."""
 TOLERANCE = 1e-5
-"""Tolerance relative to the largest gradient of a tensor; both sides round norms and softmax to fp32, which costs up to
-2e-6."""
+"""Relative to the largest gradient of a tensor. Both sides round norms and softmax to fp32, an error of up to 2e-6."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def dense(models: dict[str, Path]) -> dict[str, Any]:
 def whole_step(rank: int, world_size: int, models: dict[str, Path], scratch: Path, tensor: int) -> dict[str, Any]:
     """Metrics and gradients of each case.
 
-    The shares are unequal: rank 1 of two has a single response of one token.
+    Shares are unequal: with two ranks, rank 1 has a single response of one token.
     """
     from tests.training.runs import EVEN_TOKENS, ScriptedEngine, named_gradients, response, row, settings, start
 
@@ -79,7 +78,7 @@ def whole_step(rank: int, world_size: int, models: dict[str, Path], scratch: Pat
 
 
 def closed_steps(rank: int, world_size: int, model: Path) -> list[tuple[Any, float, list[str]]]:
-    """Metrics, gradient and warnings where all gates are closed, and where no response has a weight."""
+    """Metrics, gradient and warnings with all gates closed, and with weight 0 for every response."""
     from nemo_popsd.training import step as module
     from tests.training.runs import EVEN_TOKENS, ScriptedEngine, response, row, settings, start
 
@@ -106,7 +105,7 @@ def test_a_batch_in_which_no_token_counts_has_loss_zero_on_every_rank(models: di
 
 
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 2), (2, 1)], ids=["one", "tp2", "dp2"])
-def test_a_step_is_the_papers_equations(
+def test_a_step_matches_the_papers_equations(
     models: dict[str, Path], dense: dict[str, Any], tmp_path: Path, world_size: int, tensor: int
 ) -> None:
     from tests.training.runs import response

@@ -1,4 +1,4 @@
-"""Communication that overlaps with compute: the same training, and a fault where nobody waits for it."""
+"""Communication that overlaps with compute: training is unchanged, and a missing wait is detected."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_reductions_that_nobody_awaits_are_detected(folder: Path, one_update: di
 
 
 def test_a_rank_without_rows_takes_part_in_the_reductions(folder: Path, one_update: dict[str, Any]) -> None:
-    """Its only micro-batch is empty: the loss does not read the output matrix, whose bucket others reduce."""
+    """Its only micro-batch is empty: the loss does not use the output matrix, whose bucket the other ranks reduce."""
     others: Settings = {"optimizer": {**GRADIENTS, "distributed": "auto"}}
     variants = {"full": Variant(shares=((0, 1, 2, 3, 4, 5), ()))}
     ranks = run_ranks(train, 2, folder, {}, others, variants, timeout=100.0)
@@ -101,7 +101,7 @@ def test_weights_gathered_by_the_next_update_are_those_of_one_process(
     "fault", ["nobody waits for weights", "output matrix not awaited", "last weights not gathered"]
 )
 def test_weights_that_nobody_awaits_are_detected(folder: Path, two_updates: dict[str, Any], fault: str) -> None:
-    full = {"full": VARIANTS["full"]}  # under LoRA the output matrix is frozen
+    full = {"full": VARIANTS["full"]}  # with LoRA the output matrix is frozen
     ranks = run_ranks(train, 2, folder, {}, {"optimizer": WEIGHTS, **UPDATES}, full, fault)
     with pytest.raises(AssertionError):
         _compare(ranks, two_updates, "full")

@@ -16,7 +16,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(rank: int, world_size: int, model: Path, tensor: int, adaptation: str) -> dict[str, Any]:
-    """The check on a fresh student, and again after each of three faults."""
+    """The check on an untrained student, and after each of three faults."""
     from nemo_popsd.distillation import Divergence, Target
     from nemo_popsd.training import self_check
     from nemo_popsd.training.objective import Objective

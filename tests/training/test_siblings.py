@@ -1,4 +1,4 @@
-"""The metrics of a step with several responses to one question."""
+"""Statistics of a step over several responses to one question."""
 
 from __future__ import annotations
 

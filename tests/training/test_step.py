@@ -1,4 +1,4 @@
-"""Five on-policy steps: the same in every layout, from live weights, with a base that does not move."""
+"""Five on-policy steps: equal in every layout, with rollouts from live weights and an unchanged base."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tests.tiny_models import save_tiny_model
 
 STEPS = 5
 TOLERANCE = 1e-5
-"""Relative, of the losses over five steps. Layouts add the same numbers in another order, which is 1e-7 in the first
-step; Adam divides by the root of the second moment, so a gradient near 0 that rounds differently moves its weight by up
-to the learning rate (1e-3 here), and the difference grows with the steps. The sampled tokens are equal."""
+"""Relative tolerance of the losses over five steps. Layouts add numbers in different orders, which causes 1e-7 in the
+first step. Adam divides by the root of the second moment, so a gradient near 0 that rounds differently moves its weight
+by up to the learning rate (1e-3 here), and the difference grows with the steps. The sampled tokens are equal.
+"""
 
 Variant = dict[str, dict[str, Any]]
 FULL: Variant = {}
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, world_size: int, model: Path, tensor: int, variants: dict[str, Variant]) -> dict[str, Any]:
-    """For each variant: the results of five steps with the real engine."""
+    """Results of five steps with the real engine, for each variant."""
     return {name: train_one(rank, world_size, model, tensor, variant) for name, variant in variants.items()}
 
 
@@ -83,7 +84,7 @@ def one(model: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def others(model: Path) -> dict[str, Any]:
-    """Variants whose results must be the same, or nearly so."""
+    """Variants whose results must be equal or close."""
     variants = {
         "full again": FULL,
         "full, small batches": SMALL_BATCHES,
@@ -141,7 +142,7 @@ def test_accumulation_and_recomputation_change_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_bf16_stays_finite_and_close(one: dict[str, Any], others: dict[str, Any], adaptation: str) -> None:
-    """Close means the same order of magnitude: sampled tokens differ from the first rounding on."""
+    """Close means the same order of magnitude: sampled tokens differ after the first rounding difference."""
     seen = others[f"{adaptation}, bf16"]
     assert seen["finite"]
     assert seen["base is the same"]
@@ -200,7 +201,7 @@ def request_twice(rank: int, world_size: int, model: Path) -> list[tuple[str, in
     return requested
 
 
-def test_random_numbers_come_from_seed_step_and_row_alone(model: Path) -> None:
+def test_random_numbers_depend_only_on_seed_step_and_row(model: Path) -> None:
     from nemo_popsd.rollout.engine import row_seed
 
     (requested,) = run_ranks(request_twice, 1, model)

@@ -13,7 +13,7 @@ LENGTHS = (5, 1, 3, 2)
 
 
 def summarize(rank: int, world_size: int) -> Any:
-    """Metrics of four responses, two on each of two ranks or all on one."""
+    """Metrics of four responses, on one rank or two on each of two ranks."""
     from nemo_popsd.megatron.microbatches import TokenCount
     from nemo_popsd.observability.stopwatch import Stopwatch
     from nemo_popsd.training.siblings import SiblingSums
@@ -42,7 +42,7 @@ def summarize(rank: int, world_size: int) -> Any:
 
 
 def aged(trajectory: Any, number: int) -> Any:
-    """Row 0 is one step old, row 2 partly two, the others are not; row 3 has no answer, and row 1 is right."""
+    """Row 0 is one step old, part of row 2 two steps, the others 0; row 3 has no answer, and row 1 is right."""
     segments = ((1, 1), (2, 1), (3, 1)) if number == 2 else ()
     return replace(
         trajectory,
@@ -52,7 +52,7 @@ def aged(trajectory: Any, number: int) -> Any:
 
 
 def report(number: int) -> Any:
-    """One micro-batch; row 1's decomposition has no direction, row 2's was not measured."""
+    """Report of one micro-batch; the decomposition of row 1 has no direction, that of row 2 was not measured."""
     from nemo_popsd.distillation.statistics import SIGNAL_STATISTICS, TOKEN_STATISTICS, StatisticValues
     from nemo_popsd.training.objective import LossReport
 
@@ -127,7 +127,7 @@ def undirected(rank: int, world_size: int) -> Any:
     )
 
 
-def test_a_decomposition_without_any_direction_is_left_out() -> None:
+def test_a_decomposition_without_any_direction_is_omitted() -> None:
     (metrics,) = run_ranks(undirected, 1)
     assert metrics.statistics["norm_ratio"] is None
     assert (metrics.response_diversity, metrics.accuracy, metrics.accuracy_at_n) == (None, None, None)

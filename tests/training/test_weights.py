@@ -1,4 +1,4 @@
-"""Weights of response tokens from settings, and their shares in the loss."""
+"""Weights of response tokens by settings, and their shares in the loss."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_weights_of_responses_multiply() -> None:
 
 
 def _shares(rank: int, world_size: int) -> dict[str, list[list[float]]]:
-    """Shares of three responses, the second of them empty, and of one without a weight; on one or two ranks."""
+    """Shares of three responses, the second one empty, and of one with weight 0; on one or two ranks."""
     import torch.distributed as dist
 
     from nemo_popsd.training.weights import ResponseWeights, shares
@@ -67,7 +67,7 @@ def _shares(rank: int, world_size: int) -> dict[str, list[list[float]]]:
 
 
 def test_shares_are_a_weighted_mean_over_all_ranks() -> None:
-    sequence = [[1 / 8, 1 / 16, 1 / 16], [], [0, 3 / 4], [0, 0]]  # 1 and 3 of 4, within a response by its tokens
+    sequence = [[1 / 8, 1 / 16, 1 / 16], [], [0, 3 / 4], [0, 0]]  # 1 and 3 of 4, divided over the tokens of a response
     token = [[1 / 8, 1 / 16, 1 / 16], [], [0, 6 / 8], [0, 0]]  # 2 and 6 of 8
     for size in (1, 2):
         ranks = run_ranks(_shares, size)
@@ -77,7 +77,7 @@ def test_shares_are_a_weighted_mean_over_all_ranks() -> None:
         assert all(rank["none"] == [[0, 0]] for rank in ranks)
 
 
-def test_equal_weights_are_no_weights() -> None:
+def test_equal_weights_have_no_effect() -> None:
     """Only ratios count: the mean is divided by the sum of the weights."""
     from nemo_popsd.training.weights import ResponseWeights
 
@@ -98,7 +98,7 @@ def _both(rank: int, world_size: int, *weights: object) -> list[list[list[float]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"right": 0.0, "wrong": 0.0}, r"tokens\.wrong=0\.0; need more than 0 where distillation\.tokens\.right is 0"),
+        ({"right": 0.0, "wrong": 0.0}, r"tokens\.wrong=0\.0; need more than 0 if distillation\.tokens\.right is 0"),
         ({"min_target_entropy": 2.0, "max_target_entropy": 1.0}, r"max_target_entropy=1\.0; need at least .*=2\.0"),
         ({"min_student_entropy": 2.0, "max_student_entropy": 1.0}, r"max_student_entropy=1\.0"),
         ({"max_student_probability": 0.0}, r"max_student_probability=0\.0"),
@@ -106,6 +106,6 @@ def _both(rank: int, world_size: int, *weights: object) -> list[list[list[float]
         ({"markers": float("nan")}, "markers"),
     ],
 )
-def test_settings_without_a_meaning_are_refused(settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TokensConfig(**settings)  # type: ignore[arg-type]

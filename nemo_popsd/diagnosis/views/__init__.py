@@ -1,9 +1,9 @@
-"""Scores of targets before training: what a view of the reference, or another family, would teach the student.
+"""Scores of targets before training: the expected effect of a view of the reference, or of a family, on the student.
 
-tokens.py      figures of the tokens of the student's answers under one target, over vocabulary shards
-measure.py     from answers to the figures of each: forwards in every layout
-sampling.py    the student's answers, on disk
-scores.py      from figures to scores with intervals, over problems
-verdicts.py    the sentence about each target and about the best
+tokens.py      measures the tokens of the student's answers under one target, over vocabulary shards
+measure.py     measures all answers under all targets, with forwards in every layout
+sampling.py    generates the student's answers and stores them on disk
+scores.py      computes scores with intervals over problems
+verdicts.py    the sentences about each target and about the best one
 record.py      the file views.json
 """

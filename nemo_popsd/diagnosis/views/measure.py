@@ -1,4 +1,4 @@
-"""The figures of every answer of the student under every target: forwards in every layout."""
+"""Measures every answer of the student under every target, with forwards in every layout."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from nemo_popsd.training.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Candidate:
-    """A target that is scored."""
+    """A target to score."""
 
     name: str
-    """Name of the view, or of another distinguishing property."""
+    """Name of the view, or of another property that distinguishes the candidate."""
     teacher: str
-    """Name of what its teachers see; candidates with the same one share answers and forwards."""
+    """Name of the contexts of its teachers; candidates with the same contexts share answers and forwards."""
     target: Target
     divergence: Divergence
 
@@ -45,16 +45,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Part:
-    """Measurements of one answer under one candidate on one rank."""
+    """One rank's measurements of one answer under one candidate."""
 
     candidate: int
     answer: int
     owned: slice
-    """The tokens that it measured."""
+    """The measured tokens."""
     sums: Tensor
-    """[len(SUMS)] float64, on the CPU."""
+    """Sums [len(SUMS)], float64, on the CPU."""
     probability: Tensor
-    """[4, tokens of `owned`], on the CPU."""
+    """Probabilities [4, tokens of `owned`], on the CPU."""
 
 
 def measure(
@@ -68,25 +68,25 @@ def measure(
     ends: Sequence[int],
     horizon: int,
 ) -> list[list[AnswerFigures]]:
-    """The figures of each answer under each candidate. Collective.
+    """Measures each answer under each candidate. Collective.
 
     Answers are distributed over data-parallel ranks, and each rank of the last pipeline stage measures the tokens that
-    it owns: one forward of the student's context, and for each teacher one of its two contexts. Hidden states of
-    `training.frozen_tokens` response tokens exist at one time for each context, and logits of `diagnosis.chunk_tokens`.
-    One gather of objects over all ranks: some 20 numbers for each answer, and 4 for each of its tokens.
+    it owns: one forward for the student's context, and one for the two contexts of each teacher. At any time, hidden
+    states of at most `training.frozen_tokens` response tokens exist for each context, and logits of
+    `diagnosis.chunk_tokens`. One gather of objects over all ranks: about 20 numbers per answer, and 4 per token.
 
     Args:
-        student: untrained, so that its weights are those of the frozen branches.
-        answers: the same on every rank.
-        teachers: the rows of the problems with the contexts of each teacher, by its name.
-        candidates: the same on every rank.
-        settings: what a diagnosis reads of the run's configuration.
+        student: an untrained student, whose weights equal those of the frozen branches.
+        answers: answers, the same on every rank.
+        teachers: the rows of the problems with the contexts of each teacher, by name of the teacher.
+        candidates: candidates, the same on every rank.
+        settings: settings of the diagnosis.
         markers: vocabulary ids of the markers.
         ends: vocabulary ids that end an answer.
-        horizon: tokens of each answer that are measured, from its start.
+        horizon: number of tokens to measure from the start of each answer.
 
     Returns:
-        By candidate and answer, the same on every rank.
+        Results by candidate and answer, the same on every rank.
     """
     ids = {
         "markers": torch.tensor(markers, dtype=torch.long, device=device()),
@@ -125,14 +125,14 @@ def measure(
                         uncertain = settings.diagnosis.views.uncertain_entropy
                         sums = answer_sums(figures, uncertain).cpu()
                         parts.append(_Part(index, one.row, owned, sums, figures.probability.cpu()))
-    # Ranks that share a vocabulary have the same figures, so one of them reports; earlier pipeline stages have none.
+    # Ranks that share a vocabulary have the same results, so one of them reports; earlier pipeline stages have none.
     gathered: list[list[_Part]] = [[]] * dist.get_world_size()
     dist.all_gather_object(gathered, parts if student.owns_loss else [])
     return _merged([part for of_rank in gathered for part in of_rank], answers, len(candidates), horizon)
 
 
 def answer_sums(figures: ViewFigures, uncertain_entropy: float) -> Tensor:
-    """Sums over the tokens of one answer, [len(SUMS)] in float64, in the order of `scores.SUMS`."""
+    """Sums over the tokens of one answer [len(SUMS)], float64, in the order of `scores.SUMS`."""
     defined = figures.signal.isfinite()
     uncertain = figures.entropy >= uncertain_entropy
     rows = [
@@ -156,7 +156,7 @@ def _cut(rollout: Rollout, horizon: int) -> Rollout:
 def _merged(
     parts: Sequence[_Part], answers: Sequence[Answer], candidates: int, horizon: int
 ) -> list[list[AnswerFigures]]:
-    """The figures of complete answers, from those of the tokens that each context-parallel rank owns."""
+    """Merges the results of each answer from all context-parallel ranks."""
     lengths = [min(len(answer.rollout.response), horizon) for answer in answers]
     sums = [[torch.zeros_like(parts[0].sums) for _ in answers] for _ in range(candidates)]
     probabilities = [[parts[0].probability.new_zeros(4, length) for length in lengths] for _ in range(candidates)]

@@ -1,16 +1,16 @@
 """The file of scored views, `views.json`.
 
     format          1
-    name            the student
+    name            name of the student
     settings        source, problems, samples, teacher_samples, uncertain_entropy, horizon, seed, markers, confidence
-    answers         the student's, and right: how many of them are right
-    compared        problems with right and wrong answers
+    answers, right  number of answers of the student, and of right answers among them
+    compared        number of problems with right and wrong answers
     student         scores of the student itself
     candidates      for each view: name, family, scores, kind and verdict (see `nemo_popsd.diagnosis.views.verdicts`)
-    best            one sentence
-    sum             checksum of everything else
+    best            one sentence about the best candidate
+    sum             checksum of the rest of the file
 
-A score is {value, low, high}, or null where it is not defined (see `nemo_popsd.diagnosis.views.scores`).
+A score is {value, low, high}, or null if it is undefined (see `nemo_popsd.diagnosis.views.scores`).
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class ViewScores(TypedDict):
 
 
 def write_views(scores: ViewScores, directory: Path) -> None:
-    """Writes `views.json` into `directory`, which is created; atomic.
+    """Atomically writes `views.json` into `directory`, which is created if needed.
 
     Raises:
-        UserError: a file of this name exists that no diagnosis wrote.
+        UserError: a file of this name exists that was not written by a diagnosis.
     """
     refuse_other_files(directory, (FILE,))
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def read_views(directory: Path) -> ViewScores | None:
     """The scores in `directory`; None if there are none.
 
     Raises:
-        UserError: the file differs from what a diagnosis wrote.
+        UserError: the file was changed after the diagnosis, or has another format.
     """
     file = directory / FILE
     if not file.exists():

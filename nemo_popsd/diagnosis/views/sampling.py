@@ -1,4 +1,4 @@
-"""The student's answers with their token ids: generated in every layout, and kept on disk for the next scoring."""
+"""Generates the student's answers in every layout, and stores their token ids on disk for later scoring."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nemo_popsd.rollout.engine import Request, Rollout, RolloutEngine, SamplingP
 logger = logging.getLogger(__name__)
 
 FILE = "answers.jsonl"
-"""First line: what the answers depend on. Then one line for each: problem, sample, tokens, truncated."""
+"""The first line has the settings of the answers; each further line has problem, sample, tokens, truncated."""
 _SPACE = {"need": "space and write permission", "fix": "free space, or set output elsewhere"}
 Answers = Mapping[tuple[str, int], Rollout]
 """Answers by id of the problem and index of the sample."""
@@ -46,26 +46,26 @@ def student_answers(
     batch_rows: int,
     expert_parallel: bool,
 ) -> Answers:
-    """`samples` answers to each prompt, those on disk first. Collective.
+    """Returns `samples` answers to each prompt, read from disk or generated. Collective.
 
-    The others are distributed over data-parallel ranks and generated `batch_rows` at a time, with the seeds of an
-    evaluation, so that they do not depend on the layout. All are written to `directory` once they exist, atomically.
+    Missing answers are distributed over data-parallel ranks and generated `batch_rows` at a time, with the seeds of an
+    evaluation, so that they do not depend on the layout. Finally, all answers are written to `directory` atomically.
     One gather of objects over the data-parallel group; two gathers and broadcasts over all ranks.
 
     Args:
-        student: for this rank's place among the others.
-        engine: generates them.
-        sampling: how.
-        prompts: the same on every rank.
-        samples: for each prompt.
-        depends_on: everything that the answers depend on; the prompts' digests are those of `prompts`.
-        directory: of the file.
-        seed: of the run.
-        batch_rows: answers generated together.
-        expert_parallel: whether data-parallel ranks share experts, so that they must generate equally often.
+        student: determines the position of this rank among the others.
+        engine: generates the answers.
+        sampling: sampling parameters.
+        prompts: prompts, the same on every rank.
+        samples: number of answers per prompt.
+        depends_on: everything that the answers depend on, including the digests of `prompts`.
+        directory: directory of the file.
+        seed: seed of the run.
+        batch_rows: number of answers to generate together.
+        expert_parallel: whether data-parallel ranks share experts, and must generate equal numbers of batches.
 
     Raises:
-        UserError: on every rank; the file has answers of other settings, or is not one of a diagnosis.
+        UserError: the file has answers with other settings, or was not written by a diagnosis. Raised on every rank.
     """
     what = f"answers {directory}"
     known = from_rank_zero(what, partial(_read, directory, depends_on), **_SPACE)
@@ -73,7 +73,7 @@ def student_answers(
     if missing:
         replica, replicas = student.dp_group.rank(), student.dp_group.size()
         own = missing[replica::replicas]
-        # Ranks that share experts generate equally often: one with fewer repeats some and discards them.
+        # Ranks that share experts generate equal numbers: a rank with fewer answers repeats some and discards them.
         requested = own + missing[: len(missing[::replicas]) - len(own)] if expert_parallel else own
         generated: dict[tuple[str, int], Rollout] = {}
         for start in range(0, len(requested), batch_rows):
@@ -90,7 +90,7 @@ def student_answers(
 
 
 def _read(directory: Path, depends_on: SampleSettings) -> dict[tuple[str, int], Rollout]:
-    """The answers on disk to prompts of `depends_on`; none without a file."""
+    """The answers on disk to prompts of `depends_on`; empty if there is no file."""
     refuse_other_files(directory, (FILE,))
     file = directory / FILE
     if not file.exists():

@@ -1,17 +1,17 @@
-r"""Scores of a target from the figures of the student's answers, with intervals over problems.
+r"""Scores of a target from measurements of the student's answers, with intervals over problems.
 
-For a problem with answers y, right (r = 1) or wrong (r = 0), U(y) the sum of `lift` over the tokens of y, and a
-distribution D ∈ {student π_θ, teacher π_T, reference-only teacher π_ref, target P}:
+Let y be the answers to a problem, right (r = 1) or wrong (r = 0), U(y) the sum of `lift` over the tokens of y, and D a
+distribution, D ∈ {student π_θ, teacher π_T, reference-only teacher π_ref, target P}:
 
-    fork(D)       mean over pairs of a right answer y and a wrong one y' of D(y_k) / (D(y_k) + D(y'_k)), where k is the
-                  first token in which they differ: the probability of the right of the two continuations
-    uncertain(D)  mean of favour_D over the uncertain tokens of right answers, less that over those of wrong ones
-    gain          100 · mean Cov(r, U) / √(mean Var(U)), means over problems of covariance and variance within each:
-                  first-order change of the accuracy, in points, of a step along the gradient of the loss whose size
-                  changes the log-probability of an answer by one nat (root mean square)
-    markers       1000 · Σ (P(M) − π_θ(M)) / tokens, M the entries that are a marker
-    length        Σ π_θ(E) / Σ P(E) − 1, E the entries that end an answer: tokens per end, as if each state's
-                  probability of an end were that of the target
+    fork(D)       mean over pairs of a right answer y and a wrong answer y' of D(y_k) / (D(y_k) + D(y'_k)), where k is
+                  the first token at which they differ: the probability of the right continuation among the two
+    uncertain(D)  mean of favour_D over the uncertain tokens of right answers, minus that of wrong answers
+    gain          100 · mean Cov(r, U) / √(mean Var(U)), with means over problems of the covariance and variance within
+                  each: the first-order change of the accuracy, in points, for a step along the gradient of the loss
+                  that changes the log-probability of an answer by one nat (root mean square)
+    markers       1000 · Σ (P(M) − π_θ(M)) / tokens, where M are the entries that equal a marker
+    length        Σ π_θ(E) / Σ P(E) − 1, where E are the entries that end an answer: the relative change of tokens
+                  per end if the probability of an end at each state were that of the target
 
 Intervals are percentiles of a bootstrap over problems (`nemo_popsd.evaluation.estimates`).
 """
@@ -50,28 +50,28 @@ SUMS = (
     "ends_student",
     "ends_target",
 )
-"""The sums over the tokens of one answer; favours over its uncertain tokens."""
+"""Names of the sums over the tokens of one answer; favours are summed over its uncertain tokens."""
 _DISTRIBUTIONS = ("student", "teacher", "reference_only", "target")
 _DIFFERENCES = {"teacher_over_reference": ("teacher", "reference_only"), "target_over_student": ("target", "student")}
 
 
 @dataclass(frozen=True)
 class AnswerFigures:
-    """Measurements of one answer of the student under one target."""
+    """The measurements of one answer of the student under one target."""
 
     problem: int
     """Index of its problem."""
     tokens: Sequence[int]
     """The measured tokens."""
     sums: Array
-    """[len(SUMS)]."""
+    """Sums [len(SUMS)] in the order of `SUMS`."""
     probability: NDArray[np.floating]
-    """[4, tokens]: probability of each token under student, teacher, reference-only teacher and target."""
+    """Probability of each token under student, teacher, reference-only teacher and target [4, tokens]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling:
-    """How intervals are computed."""
+    """Settings of the bootstrap intervals."""
 
     resamples: int
     confidence: float
@@ -90,7 +90,7 @@ class _Statistic:
         self.numerators, self.denominators, self._of = np.asarray(numerators), np.asarray(denominators), of
 
     def score(self, how: Resampling) -> Score | None:
-        """Value and interval; None where the denominators sum to 0."""
+        """Value and interval; None if the denominators sum to 0."""
         if not self.denominators.sum() > 0:
             return None
         value = float(self._of(self.numerators.mean(), self.denominators.mean()))
@@ -98,7 +98,7 @@ class _Statistic:
         return {"value": value, "low": low, "high": high}
 
     def resampled(self, how: Resampling) -> Array:
-        """[R] values; resamples with a denominator of 0 are left out."""
+        """Values [R]; resamples with a denominator of 0 are omitted."""
         ones = [1.0] * len(self.numerators)
         parts = resampled(
             [Ratio(self.numerators.tolist(), ones), Ratio(self.denominators.tolist(), ones)],
@@ -116,14 +116,14 @@ def score_target(
     problems: int,
     how: Resampling,
 ) -> dict[str, Score | None]:
-    """All scores of one target by name; None for one that no problem defines.
+    """All scores of one target by name; None for scores that are undefined on all problems.
 
     Args:
-        figures: of all answers of the student.
-        right: whether each of them is right.
+        figures: measurements of all answers of the student.
+        right: whether each of these answers is right.
         teacher_right: whether each answer of the teacher is right, by index of the problem.
-        problems: their number.
-        how: the intervals.
+        problems: number of problems.
+        how: settings of the intervals.
     """
     statistics = _of_tokens(figures, problems) | _of_continuations(figures, right, problems)
     base = [_mean([float(r) for f, r in zip(figures, right, strict=True) if f.problem == p]) for p in range(problems)]
@@ -138,7 +138,7 @@ def score_target(
 def score_student(
     figures: Sequence[AnswerFigures], right: Sequence[bool], problems: int, how: Resampling
 ) -> dict[str, Score | None]:
-    """The student's own scores, the line to compare with: accuracy, markers and ends per 1,000 tokens."""
+    """The student's scores, as a baseline: accuracy, markers and ends per 1,000 tokens."""
     sums = _by_problem(figures, problems)
     shares = [_mean([float(r) for f, r in zip(figures, right, strict=True) if f.problem == p]) for p in range(problems)]
     statistics = {
@@ -150,7 +150,7 @@ def score_student(
 
 
 def gain(figures: Sequence[AnswerFigures], right: Sequence[bool], problems: int) -> _Statistic:
-    """The statistic `gain`; its resamples of two targets are paired."""
+    """The statistic `gain`; the resamples of two targets are paired."""
     covariance, variance = np.zeros(problems), np.zeros(problems)
     column = SUMS.index("lift")
     for problem in range(problems):
@@ -164,7 +164,7 @@ def gain(figures: Sequence[AnswerFigures], right: Sequence[bool], problems: int)
 
 
 def gain_over(one: _Statistic, other: _Statistic, how: Resampling) -> Score | None:
-    """The paired difference of two gains; None where one is not defined."""
+    """The paired difference of two gains; None if one is undefined."""
     first, second = one.score(how), other.score(how)
     if first is None or second is None:
         return None
@@ -182,10 +182,10 @@ def problems_with_both(problems: Sequence[int], right: Sequence[bool]) -> set[in
 
 
 def problems_needed(right: Sequence[bool], samples: int, wanted: int) -> int:
-    """About how many problems give `wanted` ones with both right and wrong answers, by the accuracy of `right`.
+    """Estimates how many problems are needed to obtain `wanted` problems with both right and wrong answers.
 
-    Takes the accuracy to be the same for all problems. Where all or no answers are right, the bound of the rule of
-    three, 3 / number of answers, takes its place.
+    Assumes the accuracy of `right` for all problems. If all or no answers are right, the bound of the rule of three,
+    3 / number of answers, replaces it.
     """
     share = sum(right) / len(right)
     if share in (0, 1):
@@ -235,7 +235,7 @@ def _of_continuations(figures: Sequence[AnswerFigures], right: Sequence[bool], p
 
 
 def _fork(one: AnswerFigures, other: AnswerFigures) -> Array | None:
-    """[4] D(y_k) / (D(y_k) + D(y'_k)); 0.5 where D gives both no probability; None if one begins with the other."""
+    """D(y_k) / (D(y_k) + D(y'_k)) [4]; 0.5 if both have probability 0; None if one answer starts with the other."""
     place = next((k for k, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
     if place is None:
         return None
@@ -245,7 +245,7 @@ def _fork(one: AnswerFigures, other: AnswerFigures) -> Array | None:
 
 
 def _favour(side: Sequence[AnswerFigures]) -> Array | None:
-    """[4] mean favour over the uncertain tokens of some answers; None where they have none."""
+    """Mean favour over the uncertain tokens of some answers [4]; None if there are no such tokens."""
     if not side:
         return None
     sums = np.sum([figure.sums for figure in side], axis=0)
@@ -254,7 +254,7 @@ def _favour(side: Sequence[AnswerFigures]) -> Array | None:
 
 
 def _by_problem(figures: Sequence[AnswerFigures], problems: int) -> dict[str, Array]:
-    """Every sum over the answers to each problem, [problems] by name."""
+    """Sums over the answers to each problem, [problems] each, by name."""
     sums = np.zeros((problems, len(SUMS)))
     for figure in figures:
         sums[figure.problem] += figure.sums

@@ -1,15 +1,15 @@
-r"""Figures of the tokens of the student's answers under one target, chunked, over a sharded vocabulary.
+r"""Measures the tokens of the student's answers under one target; chunked, over a sharded vocabulary.
 
 The student is untrained and thus equals the base. With p = π_θ, a distribution D and the token y of the answer:
 
     favour_D = D(y) − Σ_v p(v) · D(v)
 
-is how much more probability D gives to y than to what the student would write there: its mean over y ~ p is 0 at every
-state, whatever the state. A step that adds −∂loss/∂z to the student's logits z changes log p(y), to first order, by
+is the probability of y under D minus that of the tokens that the student would generate there. Its mean over y ~ p is 0
+at every state. To first order, a step that adds −∂loss/∂z to the student's logits z changes log p(y) by
 
     lift = −g(y) + Σ_v p(v) · g(v),   g = ∂loss/∂z,
 
-whose mean is 0 as well. For forward KL, g = p − P, so lift = favour_P − favour_p.
+whose mean is also 0. For forward KL, g = p − P, so lift = favour_P − favour_p.
 
 Shapes: N tokens, C tokens of a chunk, v true vocabulary entries of this rank, H hidden size.
 """
@@ -32,7 +32,7 @@ from nemo_popsd.parallel.collectives import reduce_sum_
 from nemo_popsd.parallel.vocabulary import VocabShard
 
 DISTRIBUTIONS = ("student", "teacher", "reference_only", "target")
-"""Distributions in the order of all figures that exist for each."""
+"""Distributions in the order of results that exist for each."""
 
 
 class AnswerStates(NamedTuple):
@@ -47,24 +47,24 @@ class AnswerStates(NamedTuple):
 
 
 class ViewFigures(NamedTuple):
-    """Figures of N tokens over the full true vocabulary, fp32 (float64 for float64 weights), replicated."""
+    """Results for N tokens over the full true vocabulary, fp32 (float64 for float64 weights), replicated."""
 
     signal: Tensor
-    """[3, N] `SIGNAL_STATISTICS`."""
+    """`SIGNAL_STATISTICS` [3, N]."""
     entropy: Tensor
-    """[N] of the student, in nats."""
+    """Entropy of the student [N], in nats."""
     distance: Tensor
-    """[N] KL(P ‖ π_θ), in nats."""
+    """KL(P ‖ π_θ) [N], in nats."""
     probability: Tensor
-    """[4, N] of the answer's token, by `DISTRIBUTIONS`."""
+    """Probability of the answer's token [4, N], in the order of `DISTRIBUTIONS`."""
     favour: Tensor
-    """[4, N] favour of the answer's token, by `DISTRIBUTIONS`."""
+    """Favour of the answer's token [4, N], in the order of `DISTRIBUTIONS`."""
     lift: Tensor
-    """[N] first-order change of log π_θ of the answer's token."""
+    """First-order change of log π_θ of the answer's token [N]."""
     markers: Tensor
-    """[2, N] probability of the marker entries under student and target."""
+    """Probability of the marker entries under student and target [2, N]."""
     ends: Tensor
-    """[2, N] probability of the entries that end the answer under student and target."""
+    """Probability of the entries that end the answer under student and target [2, N]."""
 
 
 def view_figures(
@@ -79,19 +79,19 @@ def view_figures(
     ends: Tensor,
     chunk_tokens: int = 128,
 ) -> ViewFigures:
-    """The figures of N tokens of an answer under one target.
+    """Measures N tokens of an answer under one target.
 
-    Collectives for each chunk: those of five log-softmaxes, two all-reduces of [C] each (one more in a backward pass);
-    one all-reduce of [C] where the target has a cap; one of the divergence; one of all sums. Memory: some twelve
-    tensors [C, V_pad/tp]; nothing of N·V. No gradient remains.
+    Collectives per chunk: two all-reduces of [C] for each of five log-softmaxes (one more in a backward pass); one
+    all-reduce of [C] if the target has a cap; one for the divergence; one of all sums. Memory: about twelve tensors
+    [C, V_pad/tp], none of size N·V. No gradient remains.
 
     Args:
-        states: of the contexts at these tokens.
-        token_ids: [N] int64, the tokens of the answer.
-        weight: this rank's shard [V_pad/tp, H] of the output matrix, of the student and of the frozen branches.
-        target: whose P is measured; its temperature applies to all distributions.
-        divergence: the loss whose gradient gives `lift`.
-        shard: which vocabulary entries the matrix holds.
+        states: hidden states of the contexts at these tokens.
+        token_ids: tokens of the answer [N], int64.
+        weight: this rank's shard [V_pad/tp, H] of the output matrix of student and frozen branches.
+        target: the target P to measure; its temperature applies to all distributions.
+        divergence: the loss whose gradient determines `lift`.
+        shard: vocabulary entries that the matrix holds.
         markers: vocabulary ids of the markers.
         ends: vocabulary ids that end an answer.
         chunk_tokens: tokens of a chunk.
@@ -103,7 +103,7 @@ def view_figures(
     ]
 
     def sums_of(chunk: slice) -> Tensor:
-        """A function, so that the tensors of one chunk are freed before those of the next are allocated."""
+        """A function, so that the tensors of one chunk are freed before the next chunk allocates its own."""
         z_Cv, z_teacher, z_reference = (logits_of(h[chunk], w_vH, dtype, target.temperature) for h in states)
         student, teacher, reference = (log_softmax(z, shard.group) for z in (z_Cv, z_teacher, z_reference))
         log_probs = Branches(student, student, teacher, reference)

@@ -1,12 +1,12 @@
-"""One sentence about each scored target, and one about the best.
+"""A sentence about each scored target, and one about the best target.
 
 | kind | rule |
 |---|---|
 | nothing | the target is the student: KL(P ‖ π_θ) is 0 |
 | harms | the interval of the gain is below 0 |
 | thinks less | the markers fall by more than `KEPT`, with the interval of the change below 0 |
-| helps | the intervals of the gain, and of teacher less reference-only teacher at uncertain tokens, are above 0 |
-| undecided | anything else |
+| helps | the intervals of the gain, and of teacher minus reference-only teacher at uncertain tokens, are above 0 |
+| undecided | otherwise |
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from nemo_popsd.diagnosis.views.record import Score
 
 KEPT = 0.10
-"""Relative loss of markers that still counts as thinking as before."""
+"""Maximum relative decrease of markers at which the student is said to think as before."""
 NOTHING = 1e-7
-"""KL per token, in nats, below which a target counts as the student itself: rounding of fp32."""
+"""KL per token, in nats, below which a target counts as equal to the student; allows for fp32 rounding."""
 KINDS = ("helps", "undecided", "thinks less", "harms", "nothing")
 """Kinds of verdicts from best to worst."""
 
@@ -35,7 +35,7 @@ class Verdict:
     """One of `KINDS`."""
     sentence: str
     gain: float
-    """The value of its gain; 0 where it is not defined."""
+    """Value of the gain; 0 if undefined."""
 
 
 def verdict(name: str, scores: Scores) -> Verdict:
@@ -43,7 +43,7 @@ def verdict(name: str, scores: Scores) -> Verdict:
     distance, gain, beats = scores["distance"], scores["gain"], scores["uncertain_teacher_over_reference"]
     markers = scores["markers_share"]
     if distance is None or distance["value"] < NOTHING:
-        return Verdict(name, "nothing", f"{name}: moves nothing, since its target is the student itself.", 0.0)
+        return Verdict(name, "nothing", f"{name}: no effect, since its target is the student itself.", 0.0)
     if gain is not None and gain["high"] < 0:
         kind, what = "harms", "expected to harm"
     elif markers is not None and markers["value"] < -KEPT and markers["high"] < 0:
@@ -66,7 +66,7 @@ def verdict(name: str, scores: Scores) -> Verdict:
 
 
 def ranking(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Sorted from best to worst: by kind, then by gain."""
+    """The verdicts from best to worst, by kind, then by gain."""
     return sorted(verdicts, key=lambda one: (KINDS.index(one.kind), -one.gain))
 
 
@@ -74,8 +74,8 @@ def best(ordered: Sequence[Verdict], lead: Score | None) -> str:
     """The sentence about the best target.
 
     Args:
-        ordered: from `ranking`.
-        lead: paired difference between the gains of the first two; None if it is not known.
+        ordered: verdicts from `ranking`.
+        lead: paired difference between the gains of the first two; None if unknown.
     """
     first = ordered[0]
     if first.kind == "helps":
@@ -86,18 +86,18 @@ def best(ordered: Sequence[Verdict], lead: Score | None) -> str:
         return f"None is expected to help; the best is {first.name}, which {_EXPECTED[first.kind]}."
     if lead is None or len(ordered) < 2:
         return f"{text}."
-    sure = "" if lead["low"] > 0 or ordered[1].kind != first.kind else ", which does not separate them"
+    sure = "" if lead["low"] > 0 or ordered[1].kind != first.kind else ", which is not significant"
     return f"{text}; its gain is {shown(lead)} points above that of {ordered[1].name}{sure}."
 
 
 _EXPECTED = {
     "thinks less": "is expected to make the student think less",
     "harms": "is expected to harm",
-    "nothing": "moves nothing",
+    "nothing": "has no effect",
 }
 
 
 def shown(score: Score, decimals: int = 1, scale: float = 1.0) -> str:
-    """A score as text, with its interval."""
+    """A score with its interval, as text."""
     value, low, high = (f"{scale * number:+.{decimals}f}" for number in (score["value"], score["low"], score["high"]))
     return f"{value} [{low}, {high}]"

@@ -8,8 +8,8 @@ r"""Parsing and comparison of final answers.
     numeric       the value of an expression: a fraction if it is rational, otherwise 50 and 100 digits
     sameness      the comparison of two forms
 
-No model output is executed: there is no `eval`, sizes of numbers are limited before they are computed, and limits on
-length and depth bound the time. Answers that the grammar does not parse are compared as text; only unknown LaTeX
-commands go to math-verify (`nemo_popsd.evaluation.equivalence`). docs/evaluation.md lists the decisions, such as those
-on per cent and units.
+Model output is never executed: there is no `eval`, sizes of numbers are limited before they are computed, and limits on
+length and depth bound the time. Answers that the grammar cannot parse are compared as text; only answers with unknown
+LaTeX commands are passed to math-verify (`nemo_popsd.evaluation.equivalence`). docs/evaluation.md lists the decisions,
+such as those on per cent and units.
 """

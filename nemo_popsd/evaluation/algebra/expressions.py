@@ -18,7 +18,7 @@ from nemo_popsd.evaluation.algebra.lexer import Token, UnreadableError, names
 
 _DEEPEST = 40
 _LONGEST_PRODUCT = 4
-"""Letters of a word that may be a product of variables."""
+"""Maximum number of letters of a word that may be a product of variables."""
 FUNCTIONS = names("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt")
 _GREEK = names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi "
@@ -41,13 +41,13 @@ class Expression:
     value: Fraction = Fraction(0)
 
     def variables(self) -> frozenset[str]:
-        """Names of the variables in it."""
+        """Names of the variables in the expression."""
         if self.operation == "variable":
             return frozenset((self.name,))
         return frozenset[str]().union(*(argument.variables() for argument in self.arguments))
 
     def is_of_variables_alone(self) -> bool:
-        """Whether it consists of variables and the four operations only, such as m + n."""
+        """Whether the expression consists only of variables and the four operations, such as m + n."""
         if self.operation == "variable":
             return True
         return self.operation in ("+", "-", "*", "/") and all(a.is_of_variables_alone() for a in self.arguments)

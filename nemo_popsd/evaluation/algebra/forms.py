@@ -88,11 +88,11 @@ def parse_answer(tokens: Sequence[Token], *, letter_units: bool) -> Form:
     """The form of an answer.
 
     Args:
-        tokens: of the complete answer.
+        tokens: tokens of the complete answer.
         letter_units: whether a letter directly after a number may be a unit, as in 540m, and not a variable.
 
     Raises:
-        UnreadableError: it has no known form.
+        UnreadableError: the answer has no known form.
     """
     return _Reader(letter_units).answer(list(tokens))
 

@@ -28,12 +28,12 @@ class UnreadableError(ValueError):
 
 
 class UnknownCommandError(UnreadableError):
-    """The answer contains a LaTeX command that the grammar does not know and math-verify does."""
+    """The answer contains a LaTeX command that math-verify supports and the grammar does not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One piece of an answer."""
+    """A token of an answer."""
 
     kind: str
     """`number`, `word` (a run of letters), `command` (with its backslash), `matrix`, or `symbol` (one character)."""
@@ -48,15 +48,15 @@ class Token:
     """Base of a number if it is not ten, as in 101_2."""
 
     def is_symbol(self, *texts: str) -> bool:
-        """Whether it is one of these symbols."""
+        """Whether the token is one of these symbols."""
         return self.kind == "symbol" and self.text in texts
 
     def is_command(self, *texts: str) -> bool:
-        """Whether it is one of these commands."""
+        """Whether the token is one of these commands."""
         return self.kind == "command" and self.text in texts
 
     def is_word(self, *texts: str) -> bool:
-        """Whether it is one of these words, in any case."""
+        """Whether the token is one of these words, ignoring case."""
         return self.kind == "word" and self.text.lower() in texts
 
 
@@ -182,7 +182,7 @@ def tokens_of(text: str, *, grouped: bool = True) -> list[Token]:
     r"""The tokens of an answer.
 
     Args:
-        text: from `cleaned`.
+        text: result of `cleaned`.
         grouped: whether "1,234" is one number; otherwise commas always separate.
 
     Raises:

@@ -17,7 +17,7 @@ from mpmath import MPContext
 from nemo_popsd.evaluation.algebra.expressions import Expression
 
 _MOST_BITS = 30_000
-"""Size of an exact number: 2^30000, about 9,000 digits."""
+"""Maximum size of an exact number: 2^30000, about 9,000 digits."""
 _LARGEST_ARGUMENT = 2500
 """Largest argument of factorials and binomials."""
 _POINTS = 4
@@ -55,7 +55,7 @@ def proportional(one: Expression, other: Expression, *, positive: bool) -> bool:
 
     Args:
         one: difference of the sides of an equation or an inequality.
-        other: the same for another one.
+        other: the same difference for another equation or inequality.
         positive: whether the constant must be positive.
     """
     points = list(_points(one.variables() | other.variables()))

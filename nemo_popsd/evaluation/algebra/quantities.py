@@ -20,7 +20,7 @@ _NEGATIONS = names("not never no nor if unless without")
 _POWERS = ("squared", "cubed")
 _SHORTEST_WORD = 3
 _LETTERS = frozenset("mgshLl")
-"""Units of one letter."""
+"""Units with one letter."""
 _ORDINALS = frozenset(("th", "st", "nd", "rd"))
 _SCALES_OF_HEAT = {"C": "celsius", "F": "fahrenheit"}
 

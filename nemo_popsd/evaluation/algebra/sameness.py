@@ -56,8 +56,8 @@ def same_answer(predicted: str, expected: str) -> bool | None:
 
 
 def compared_as(answer: str) -> str:
-    """How an expected answer is compared: `value` if the grammar parses it, `math-verify` if it has a LaTeX command
-    beyond the rules, else `text`.
+    """How an expected answer is compared: by `value` if the grammar parses it, by `math-verify` if it has a LaTeX
+    command that the rules do not cover, otherwise as `text`.
     """
     read = _Answer(cleaned(answer), letter_units=False)
     return "value" if read.forms else "math-verify" if read.beyond else "text"
@@ -69,7 +69,7 @@ class _Answer:
     def __init__(self, text: str, *, letter_units: bool) -> None:
         self.forms: list[Form] = []
         self.written: list[str] = []
-        """Tokens of the answer, with words in lower case."""
+        """The tokens of the answer, with words in lower case."""
         self.beyond = False
         """Whether math-verify can parse it."""
         for grouped in (True, False) if has_groups(text) else (True,):

@@ -1,5 +1,5 @@
 "use strict";
-// Shows the values under the pointer of a plot and of a token. Text enters the page as text nodes only.
+// Shows the values at the pointer, for plots and tokens. Text is inserted only as text nodes.
 const SVG = "http://www.w3.org/2000/svg";
 const make = (name, css, text) => {
   const node = document.createElement(name);
@@ -57,7 +57,7 @@ function readTokens(block) {
   const panel = block.closest(".reader").querySelector(".inspector");
   const spans = [...block.children];
   let pinned = -1;
-  const open = (is) => {  // on a narrow screen the panel is a sheet that a tap on a token opens
+  const open = (is) => {  // on narrow screens the panel is a sheet; a tap on a token opens it
     document.querySelectorAll(".inspector.open").forEach((other) => other.classList.remove("open"));
     panel.classList.toggle("open", is);
   };

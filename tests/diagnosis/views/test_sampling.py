@@ -1,4 +1,4 @@
-"""The student's answers on disk: which are used again, which are generated, and which are refused."""
+"""The student's answers on disk: which are reused, generated or refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = sample_settings(
 
 
 class Engine:
-    """Answers with the prompt, the seed's last digit and the stop token, and counts."""
+    """Responds with the prompt, the last digit of the seed and the stop token; counts requests."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -43,7 +43,7 @@ class Engine:
 
 
 def answered(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Results and generations of repeated calls, and errors of calls with other settings."""
+    """Results and numbers of generated answers of repeated calls, and errors of refused calls."""
     import torch.distributed as dist
 
     student = cast(Any, SimpleNamespace(dp_group=dist.group.WORLD))
@@ -87,7 +87,7 @@ def test_answers_on_disk_are_used_and_others_refused(ranks: int, tmp_path: Path)
         assert found["again"][1] == found["fewer"][1] == []
         assert "seed=7 where the answers have 1;" in found["seed"]
         assert "another prompt for problem 'b'" in found["prompt"]
-    # Three answers: two ranks that share experts generate two each, of which one is discarded.
+    # Three answers: two ranks that share experts generate two each, and one is discarded.
     assert [found["first"][1] for found in results] == ([[2, 1]] if ranks == 1 else [[2], [2]])
     assert [found["more"][1] for found in results] == ([[2, 1]] if ranks == 1 else [[2], [1]])
 

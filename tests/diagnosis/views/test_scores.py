@@ -1,4 +1,4 @@
-"""Scores against their definitions, on hand-made answers."""
+"""Scores against their definitions, on synthetic answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOW = Resampling(resamples=500, confidence=0.95, seed=0)
 
 
 def answer(problem: int, tokens: list[int], probability: object = None, **sums: float) -> AnswerFigures:
-    """An answer with these sums, 0 for the others, and this probability of each token, [4, tokens]."""
+    """An answer with the given sums (0 for the others) and the given token probabilities [4, tokens]."""
     values = {"tokens": float(len(tokens)), **sums}
     probabilities = np.full((4, len(tokens)), 0.5) if probability is None else np.array(probability)
     return AnswerFigures(problem, tokens, np.array([values.get(name, 0.0) for name in SUMS]), probabilities)
@@ -34,7 +34,7 @@ def scored(figures: list[AnswerFigures], right: list[bool], teacher_right: dict[
 
 
 def test_a_fork_compares_the_first_differing_tokens_of_a_right_and_a_wrong_answer() -> None:
-    # Columns: tokens. The answers part at the second; the others must not count.
+    # Columns: tokens. The answers differ first at the second token; the others must not count.
     good = answer(0, [5, 7, 9], [[0.1, 0.3, 0.9], [0.1, 0.8, 0.9], [0.1, 0.5, 0.9], [0.1, 0.6, 0.9]])
     bad = answer(0, [5, 8], [[0.1, 0.1], [0.1, 0.2], [0.1, 0.5], [0.1, 0.2]])
     found = scored([good, bad], [True, False], {0: [True]})
@@ -68,7 +68,7 @@ def test_uncertain_tokens_of_right_answers_are_compared_with_those_of_wrong_ones
         answer(0, [1, 1], uncertain=2.0, favour_teacher=0.8, favour_reference_only=0.2, favour_target=0.4),
         answer(0, [1, 1], uncertain=1.0, favour_teacher=0.1, favour_reference_only=0.1, favour_target=0.2),
         answer(0, [1, 1], uncertain=2.0, favour_teacher=-0.2, favour_student=0.4),
-        answer(1, [1, 1], uncertain=1.0, favour_teacher=9.0),  # no wrong answer: nothing to compare
+        answer(1, [1, 1], uncertain=1.0, favour_teacher=9.0),  # no wrong answer to compare with
     ]
     found = scored(figures, [True, True, False, True], {0: [True], 1: [True]})
     assert found["uncertain_teacher"]["value"] == pytest.approx(0.9 / 3 - -0.2 / 2)
@@ -130,14 +130,14 @@ def test_accuracy_is_a_mean_over_problems_and_its_difference_is_paired() -> None
     assert over == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})  # 0.5 on either problem
 
 
-def test_statistics_of_the_signal_leave_out_tokens_without_one() -> None:
+def test_statistics_of_the_signal_omit_undefined_tokens() -> None:
     figures = [answer(0, [1, 1, 1], norm_ratio=3.0, defined_norm_ratio=2.0)]
     found = scored(figures, [True], {0: [True]})
     assert found["norm_ratio"]["value"] == pytest.approx(1.5)
     assert found["cosine_question"] is None
 
 
-def test_problems_with_right_and_wrong_answers_and_how_many_give_some() -> None:
+def test_problems_with_right_and_wrong_answers_and_the_number_needed() -> None:
     assert problems_with_both([0, 0, 1, 1, 2], [True, False, True, True, False]) == {0}
     assert problems_needed([True, False], 2, 30) == 60  # half of all pairs are mixed
     assert problems_needed([True] + [False] * 9, 4, 30) == math.ceil(30 / (1 - 0.1**4 - 0.9**4))

@@ -1,4 +1,4 @@
-"""The figures of an answer's tokens against dense formulas in float64, with one shard and with two."""
+"""Measurements of an answer's tokens against dense formulas in float64, with one shard and with two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = {
 
 
 def untrained() -> Problem:
-    """The student is the base: one output matrix, and one state of both."""
+    """A problem whose student equals the base: same output matrix and same states."""
     problem = make_problem(3)
     fields = {**vars(problem), "base": problem.student, "student_weight": problem.teacher_weight}
     return Problem(**fields)
@@ -46,7 +46,7 @@ def measured(problem: Problem, target: Target, divergence: Divergence, group=Non
 
 
 def dense(problem: Problem, target: Target, divergence: Divergence) -> dict[str, Tensor]:
-    """The same figures from their definitions; the gradient from autograd of the dense divergence."""
+    """The expected results by definition; the gradient by autograd of the dense divergence."""
     student, teacher, reference = (
         log_probs(hidden, problem.teacher_weight, problem.vocab, target.temperature)
         for hidden in (problem.student, problem.privileged, problem.reference)
@@ -95,14 +95,14 @@ def test_all_figures_agree_with_dense_formulas(ranks: int) -> None:
         assert {name: error for name, error in found.items() if error > 1e-10} == {}
 
 
-def test_the_lift_of_forward_kl_is_the_favour_of_the_target_less_that_of_the_student() -> None:
+def test_the_lift_of_forward_kl_is_the_favour_of_the_target_minus_that_of_the_student() -> None:
     found = measured(untrained(), Target.purified(), Divergence(kind="forward_kl"))
     torch.testing.assert_close(found.lift, found.favour[3] - found.favour[0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_over_the_students_tokens_is_0_at_every_state(name: str) -> None:
-    """Favour and lift have mean 0 at every state, so a favour of right answers is a property of the tokens."""
+    """Therefore the favour of right answers depends on their tokens, not on the states that they visit."""
     target, divergence = CASES[name]
     problem = untrained()
     state = AnswerStates(problem.student[:1], problem.privileged[:1], problem.reference[:1])
@@ -124,8 +124,8 @@ def test_the_mean_over_the_students_tokens_is_0_at_every_state(name: str) -> Non
     assert found.lift.abs().max() > 1e-3
 
 
-def test_a_target_that_is_the_student_lifts_nothing() -> None:
-    """OPSD whose teacher sees the student's prompt, as under the view `none`."""
+def test_a_target_equal_to_the_student_has_no_lift() -> None:
+    """OPSD whose teacher sees the student's prompt, as with the view `none`."""
     problem = untrained()
     same = Problem(**{**vars(problem), "privileged": problem.student})
     found = measured(same, Target.opsd(), Divergence())
@@ -134,7 +134,7 @@ def test_a_target_that_is_the_student_lifts_nothing() -> None:
     assert torch.equal(found.markers[0], found.markers[1])
 
 
-def test_no_token_gives_empty_figures() -> None:
+def test_no_tokens_have_empty_results() -> None:
     problem = untrained()
     none = AnswerStates(*(hidden[:0] for hidden in (problem.student, problem.privileged, problem.reference)))
     found = view_figures(

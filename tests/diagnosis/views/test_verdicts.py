@@ -64,7 +64,7 @@ def test_the_best_is_by_kind_then_by_gain() -> None:
     assert best([more, helps], score(1.0, 0.5)) == (
         "Best: answer; its gain is +1.0 [+0.5, +1.5] points above that of solution."
     )
-    assert best([more, helps], score(1.0, 2.0)).endswith("solution, which does not separate them.")
+    assert best([more, helps], score(1.0, 2.0)).endswith("solution, which is not significant.")
     assert best([helps], None) == "Best: solution."
     assert best([harms, nothing], None) == "None is expected to help; the best is other, which is expected to harm."
     undecided = Verdict("column", "undecided", "", 1.0)

@@ -43,8 +43,8 @@ def test_an_answer_equals_itself() -> None:
             assert same_answer(pair["expected"], pair["expected"]), pair["expected"]
 
 
-def test_another_digit_is_another_answer() -> None:
-    """Every digit of every answer matters, except those of a chain's first sides, repeated elements and parity."""
+def test_a_different_digit_is_a_different_answer() -> None:
+    """Every digit of an answer matters, except in the first sides of chains, repeated elements and parity."""
     excepted = {"S = 2+3 = 5", r"\{1,1,2\}", "(-1)^{n+1}"}
     texts = {pair[side] for pair in PAIRS for side in ("expected", "predicted") if pair["kind"] not in BEYOND_RULES}
     wrong = []
@@ -73,7 +73,7 @@ FORMS = (
 
 
 def test_references_of_gsm8k() -> None:
-    """Each is correct in every usual form, and wrong for the reference of any other row with another number."""
+    """Each reference is correct in every usual form, and wrong for every row whose reference is a different number."""
     if not GSM8K.is_dir():
         pytest.skip("no references of GSM8K at ../shared/data")
     answers = []
