@@ -25,7 +25,7 @@ class Answer:
     tokens: int
     truncated: bool
     correct: bool | None
-    """Whether the answer is right; None if it was not scored."""
+    """None if it was not scored."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ KEPT = 0.10
 NOTHING = 1e-7
 """KL per token, in nats, below which a target counts as equal to the student; allows for fp32 rounding."""
 KINDS = ("helps", "undecided", "thinks less", "harms", "nothing")
-"""Kinds of verdicts from best to worst."""
+"""From best to worst."""
 
 Scores = Mapping[str, Score | None]
 
