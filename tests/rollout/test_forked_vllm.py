@@ -37,7 +37,7 @@ def test_streams_environment_directory_and_status_are_passed_on(tmp_path: Path, 
         input="token\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     printed = f"True [{word!r}] yes {tmp_path} __main__\n"
     assert (done.returncode, done.stdout, done.stderr) == (status, printed, "token\n")
