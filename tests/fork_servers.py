@@ -12,27 +12,41 @@ server (`tests/te/preloaded.py`), which starts when first needed.
 With pytest-xdist, both servers belong to the controller. Its workers share them (`share`, `use_shared`) and are forked
 from the first one (`tests/forked_worker.py`). Otherwise the servers belong to the process that needs them. A server
 ends with its owner, and is restarted if it has died.
+
+A third server forks vLLM's servers. It runs in vLLM's environment, and so does its owner (`tests/rollout/forked_vllm.py`),
+which starts when a test first needs it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, forkserver, reduction, resource_tracker
 from pathlib import Path
 from typing import Any
 
 from tests.environment import environment
+from tests.rollout.vllm_location import PYTHON
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 """Layers of a server: those on a machine without CUDA, or those on a GPU with emulated kernels (`tests.te`)."""
+VLLM = "vllm"
+"""The server in vLLM's environment."""
 CONTEXT = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).resolve().parents[1]
-_PRELOADED = {LOCAL: "tests.preloaded", TRANSFORMER_ENGINE: "tests.te.preloaded"}
+_PRELOADED = {
+    LOCAL: "tests.preloaded",
+    TRANSFORMER_ENGINE: "tests.te.preloaded",
+    VLLM: "tests.rollout.preloaded_vllm",
+}
 
 
 class _OwnServer(forkserver.ForkServer):
@@ -57,6 +71,30 @@ class _OwnServer(forkserver.ForkServer):
         return self._forkserver_address
 
 
+class _OwnerInVllm:
+    """The process in vLLM's environment that owns the server there."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._address = ""
+
+    def address(self) -> str:
+        """The address for `use_shared`; starts the process unless it runs."""
+        from nemo_popsd.rollout.vllm.environment import server_environment
+
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [PYTHON, str(ROOT / "tests" / "rollout" / "forked_vllm.py")],
+                env=server_environment(os.environ, devices=None),  # libraries read it when they are imported
+                stdin=subprocess.PIPE,  # it ends with this process
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self._process.stdout is not None
+            self._address = self._process.stdout.readline().strip()
+        return self._address
+
+
 class _SharedServer(forkserver.ForkServer):
     """A server that belongs to another process, the owner, which starts it when the address is requested."""
 
@@ -66,26 +104,47 @@ class _SharedServer(forkserver.ForkServer):
 
     def ensure_running(self) -> None:
         resource_tracker.ensure_running()
-        with connection.Client(self._owner) as owner:
-            owner.send(self._layers)
-            self._forkserver_address = owner.recv()
+        self._forkserver_address = ask(self._owner, self._layers)
         # A forked process receives a descriptor that keeps the server alive. Here the owner keeps it alive.
         if self._forkserver_alive_fd is None:
             self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
 
 
-_servers: dict[str, Any] = {layers: _OwnServer(layers) for layers in _PRELOADED}
+_servers: dict[str, Any] = {LOCAL: _OwnServer(LOCAL), TRANSFORMER_ENGINE: _OwnServer(TRANSFORMER_ENGINE)}
+_servers[VLLM] = _OwnerInVllm()
+_owner = ""
+"""Address of the process that answers `ask`; empty until it is needed."""
+
+
+def serve_own(layers: str) -> None:
+    """Makes this process the owner of that server."""
+    _servers[layers] = _OwnServer(layers)
+
+
+def address() -> str:
+    """The address for `use_shared` and `ask`: of the owner if the servers are shared, otherwise of this process."""
+    global _owner
+    if not _owner:
+        listener = connection.Listener(family="AF_UNIX")
+        threading.Thread(target=answer, args=(listener, _servers), name="fork-servers", daemon=True).start()
+        _owner = str(listener.address)
+    return _owner
+
+
+def ask(owner: str, layers: str) -> Any:
+    """Address at which the server of `owner` accepts requests to fork; for `VLLM`, the address of its owner."""
+    with connection.Client(owner) as asked:
+        asked.send(layers)
+        return asked.recv()
 
 
 def share() -> str:
     """Lets other processes use the servers of this one; returns the address for `use_shared`.
 
-    The first server starts immediately, the second on request.
+    The first server starts immediately, the others on request.
     """
-    listener = connection.Listener(family="AF_UNIX")
     _servers[LOCAL].address()
-    threading.Thread(target=answer, args=(listener, _servers), name="fork-servers", daemon=True).start()
-    return str(listener.address)
+    return address()
 
 
 def answer(listener: connection.Listener, servers: dict[str, Any]) -> None:
@@ -100,7 +159,9 @@ def answer(listener: connection.Listener, servers: dict[str, Any]) -> None:
 
 
 def use_shared(owner: str) -> None:
-    """Makes this process use the servers of the process that called `share`."""
+    """Makes this process use the servers of the process with this address."""
+    global _owner
+    _owner = owner
     _servers.update({layers: _SharedServer(layers, owner) for layers in _PRELOADED})
 
 
@@ -116,6 +177,33 @@ def forked_by(layers: str) -> Iterator[None]:
         yield
     finally:
         forkserver.connect_to_new_process = before
+
+
+def run_forked(layers: str, run: Callable[..., None], *args: Any) -> int:
+    """Calls ``run(*args)`` in a process forked by the server with `layers`, and returns its exit code.
+
+    The process has the standard streams, the environment and the working directory of this one, and ends with it.
+    """
+    here = dict(os.environ), os.getcwd(), *map(Descriptor, range(3))
+    process = CONTEXT.Process(target=_run, args=(run, args, *here))
+    with forked_by(layers):
+        process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run(run: Callable[..., None], args: Sequence[Any], variables: dict[str, str], directory: str, *_: None) -> None:
+    """In the forked process, whose descriptors are in place already."""
+    die_with_parent(group=False)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(directory)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+    try:
+        run(*args)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
 class Descriptor:

@@ -7,38 +7,26 @@ The forked process has the standard streams, the environment and the exit status
 
 from __future__ import annotations
 
-import atexit
-import io
 import os
 import sys
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from tests.fork_servers import CONTEXT, LOCAL, Descriptor, die_with_parent, forked_by, use_shared
+from tests.fork_servers import LOCAL, run_forked, use_shared
 
 
-def _work(code: str, variables: dict[str, str], *streams: None) -> None:
-    """Runs `code` like ``python -c``; `streams` are descriptors that are already in place."""
-    die_with_parent(group=False)
-    os.environ.clear()
-    os.environ.update(variables)
+def _work(code: str) -> None:
+    """Runs `code` as ``python -c`` does."""
     sys.argv = ["-c"]
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
-    try:
-        exec(code, {"__name__": "__main__"})
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing skips them
+    exec(code, {"__name__": "__main__"})
 
 
 def main(owner: str, code: str) -> int:
     """Returns the exit status of the worker, which ends with this process."""
     use_shared(owner)
-    worker = CONTEXT.Process(target=_work, args=(code, dict(os.environ), *map(Descriptor, range(3))))
-    with forked_by(LOCAL):
-        worker.start()
-    worker.join()
-    return worker.exitcode if worker.exitcode >= 0 else 128 - worker.exitcode
+    status = run_forked(LOCAL, _work, code)
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

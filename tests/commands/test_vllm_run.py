@@ -21,7 +21,8 @@ from nemo_popsd.rollout.vllm.environment import server_environment
 from tests.harness import run_ranks
 from tests.model import runs
 from tests.rollout.test_vllm_engine import prompts
-from tests.rollout.vllm_servers import PYTHON, SMALL, gone, needs_vllm
+from tests.rollout.vllm_location import PYTHON
+from tests.rollout.vllm_servers import SMALL, gone, needs_vllm
 from tests.tiny_models import load_dense
 
 pytestmark = [pytest.mark.slow(seconds=30), needs_vllm]

@@ -17,6 +17,7 @@ import torch
 from nemo_popsd.errors import StopRequested
 from nemo_popsd.rollout.engine import Request, Rollout, SamplingParams
 from tests.harness import run_ranks
+from tests.rollout.vllm_location import PYTHON
 from tests.rollout.vllm_servers import engine, gone, needs_vllm, settings
 from tests.tiny_models import build_student, save_tiny_model, whole_logits
 from tests.training.layouts import randomize_adapters
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
             "rollout.vllm.lora=merged",
             "rollout.vllm.interface=worker-extension",
             "rollout.vllm.bucket_bytes=200000",
+            f"rollout.vllm.python={PYTHON}",  # itself: its servers import vLLM
             "rollout.vllm.launcher=[nice, -n, '{replica}']",
             "rollout.vllm.address=127.0.0.1",
         ],

@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests import fork_servers
+from tests.rollout.vllm_location import PYTHON
+
 ROOT = Path(__file__).parents[2]
-PYTHON = os.environ.get("POPSD_VLLM_PYTHON", str(ROOT / ".vllm-venv" / "bin" / "python"))
+os.environ["POPSD_TEST_FORK_SERVERS"] = fork_servers.address()
+
+FORKING_PYTHON = str(Path(__file__).with_name("vllm_python.sh"))
+"""Stands in for `PYTHON`: its servers have vLLM imported when they start."""
 
 needs_vllm = pytest.mark.skipif(
     not Path(PYTHON).is_file(),
@@ -19,7 +25,7 @@ needs_vllm = pytest.mark.skipif(
 )
 SMALL = [
     "rollout.engine=vllm",
-    f"rollout.vllm.python={PYTHON}",
+    f"rollout.vllm.python={FORKING_PYTHON}",
     "rollout.vllm.eager=true",
     f"rollout.vllm.cache_bytes={128 << 20}",
     "rollout.vllm.start_seconds=240",
