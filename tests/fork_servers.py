@@ -13,8 +13,8 @@ With pytest-xdist, both servers belong to the controller. Its workers share them
 from the first one (`tests/forked_worker.py`). Otherwise the servers belong to the process that needs them. A server
 ends with its owner, and is restarted if it has died.
 
-A third server forks vLLM's servers. It runs in vLLM's environment, and so does its owner (`tests/rollout/forked_vllm.py`),
-which starts when a test first needs it.
+A third server forks vLLM's servers. It runs in vLLM's environment, and so does its owner
+(`tests/rollout/forked_vllm.py`), which starts when a test first needs it.
 """
 
 from __future__ import annotations
