@@ -1,17 +1,16 @@
 """Compares the ranking of the arms before training with the results of training: `python -m experiments.ranking`.
 
 The target of every arm is scored on the tuning rows as `popsd diagnose --views` scores views, in one diagnosis whose
-answers are kept in runs/experiments/ranking. The results of training are read from RESULTS-two-rates.md, which has all
-arms; with `--records`, from the records of the main comparison and of the table `views`, whose arms are also scored.
-The other tables vary settings that no score of the untrained student depends on. For each score the command prints
-Spearman's rank correlation over the arms and its p-value from permutations of the arms.
+answers are kept in runs/experiments/ranking. The results of training are read from the records of the main comparison;
+`--views` adds the arms of the table `views`. The other tables vary settings that no score of the untrained student
+depends on. For each score the command prints Spearman's rank correlation over the arms and its p-value from
+permutations of the arms.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +32,12 @@ from nemo_popsd.config.loading import load_config, to_dict_config
 from nemo_popsd.diagnosis.views.record import CandidateRecord, ViewScores, read_views, write_views
 from nemo_popsd.diagnosis.views.verdicts import KINDS, shown
 
-RESULTS = Path(__file__).with_name("RESULTS-two-rates.md")
-OUTPUT = RUNS / "ranking"
 _VIEWS = TABLES["views"]
 _SCORED = (*ARMS, *(entry.arm for entry in _VIEWS.entries))
 _TITLES = {arm.name: arm.title for arm in _SCORED}
 _PERMUTATIONS = 100_000
 _OUTCOMES = ("accuracy", "markers", "tokens")
-"""First words of the result columns that are followed by a change."""
+"""Short names of `FIGURES`, in its order."""
 
 
 class Compared(NamedTuple):
@@ -95,25 +92,8 @@ def spearman_ranks(values: list[float]) -> list[float]:
     ]
 
 
-def trained(text: str) -> dict[str, dict[str, float]]:
-    """The changes in the results, by title of the arm and first word of the preceding column."""
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    header = [cell.strip() for cell in lines[0]]
-    places: dict[str, int] = {}
-    for index, title in enumerate(header[:-1]):
-        word = re.split(r"[ ,]", title)[0]
-        if word in _OUTCOMES and header[index + 1] == "change":
-            places.setdefault(word, index + 1)  # the first: problems of the difficulty that is trained on
-    titles = {arm.title for arm in ARMS}
-    found: dict[str, dict[str, float]] = {}
-    for cells in lines:
-        if (title := cells[0].strip()) in titles and len(cells) == len(header):
-            found[title] = {word: float(cells[place].split("±")[0]) for word, place in places.items()}
-    return found
-
-
 def recorded(done: Done) -> dict[str, dict[str, float]]:
-    """The changes of records, in the form of `trained`."""
+    """Mean changes by title of the arm, and by outcome (`_OUTCOMES`)."""
     return {
         arm.title: {word: change(runs, of).mean for word, of in zip(_OUTCOMES, FIGURES.values(), strict=True)}
         for arm, runs in done.items()
@@ -196,16 +176,17 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=256, help="tuning rows that are answered")
     parser.add_argument("--samples", type=int, default=8, help="the student's answers to each")
     parser.add_argument("--again", action="store_true", help="score although runs/experiments/ranking has scores")
-    parser.add_argument("--records", action="store_true", help="compare with the records, the arms of `views` too")
+    parser.add_argument("--views", action="store_true", help="with the arms of the table `views`")
     options = parser.parse_args()
-    arms, output = (_SCORED, RUNS / "ranking-views") if options.records else (ARMS, OUTPUT)
+    records = load()
+    changes = recorded(finished(records))
+    arms, output = ARMS, RUNS / "ranking"
+    if options.views:
+        arms, output = _SCORED, RUNS / "ranking-views"
+        changes |= recorded(rows_of(_VIEWS, load(_VIEWS.file), records))
     scores = (None if options.again else read_views(output)) or score_arms(
         arms, output, options.problems, options.samples
     )
-    changes = trained(RESULTS.read_text(encoding="utf-8"))
-    if options.records:
-        main_records = load()
-        changes = recorded({**finished(main_records), **rows_of(_VIEWS, load(_VIEWS.file), main_records)})
     print(
         f"{scores['answers']} answers to {scores['settings']['problems']} problems, {scores['compared']} of them with "
     )

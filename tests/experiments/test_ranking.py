@@ -8,8 +8,8 @@ import math
 import pytest
 from scipy.stats import spearmanr
 
-from experiments.arms import ARMS, OPSD, PURIFIED
-from experiments.ranking import COMPARED, RESULTS, Correlation, correlations, table, trained, values_of
+from experiments.arms import OPSD, PURIFIED
+from experiments.ranking import COMPARED, Correlation, correlations, table, values_of
 from nemo_popsd.diagnosis.views.record import CandidateRecord, Score
 from tests.report.runs_on_disk import view_scores
 
@@ -18,19 +18,6 @@ def candidate(name: str, kind: str, value: float) -> CandidateRecord:
     score: Score = {"value": value, "low": value - 1, "high": value + 1}
     names = [one.score for one in COMPARED if one.score != "order"] + ["uncertain_teacher_over_reference"]
     return {"name": name, "family": "", "scores": dict.fromkeys(names, score), "kind": kind, "verdict": ""}
-
-
-def test_changes_are_read_from_the_table_of_results() -> None:
-    found = trained(RESULTS.read_text())
-    assert set(found) <= {arm.title for arm in ARMS}
-    assert all(set(changes) == {"accuracy", "markers", "tokens"} for changes in found.values())
-    text = (
-        "| arm | rate | accuracy, 2-5 operations, % | change | accuracy, 6-7 operations, % | change | markers per "
-        "1,000 tokens | change | tokens per answer | change |\n| --- |\n"
-        "| base | none | 57.8 ± 4.4 | | 3.9 | | 51.3 | | 105.4 | |\n"
-        "| OPSD, JSD | 1.0e-4 | 49.2 ± 4.2 | -8.6 ± 2.2 | 2.8 | -1.1 ± 1.5 | 47.2 | -4.1 ± 0.3 | 94.2 | -11.2 ± 1.2 |"
-    )
-    assert trained(text) == {"OPSD, JSD": {"accuracy": -8.6, "markers": -4.1, "tokens": -11.2}}
 
 
 def test_the_correlation_is_spearmans_and_its_p_value_that_of_all_permutations() -> None:
