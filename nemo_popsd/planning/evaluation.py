@@ -12,7 +12,7 @@ from nemo_popsd.errors import UserError
 from nemo_popsd.planning import traffic
 from nemo_popsd.planning.duration import rollout
 from nemo_popsd.planning.layout import misfits
-from nemo_popsd.planning.memory import served_cache_tokens
+from nemo_popsd.planning.served import served_cache_tokens
 from nemo_popsd.planning.workload import Case
 
 

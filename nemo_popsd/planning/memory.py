@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nemo_popsd.distillation.chunks import default_chunk_tokens
 from nemo_popsd.megatron.kernel_choice import PACKED_TAKES_GROUPS, cache_positions, takes_groups, takes_packed
 from nemo_popsd.planning.fp8 import quantised_bytes
+from nemo_popsd.planning.mixture import copies_of_tokens, held_by_dispatchers
 from nemo_popsd.planning.parameters import (
     Parameters,
     Stage,
@@ -17,9 +18,9 @@ from nemo_popsd.planning.parameters import (
     linears,
     padded_vocabulary,
     stages,
-    total_parameters,
 )
 from nemo_popsd.planning.recomputation import recomputed_layers, recomputes, recomputes_mlp
+from nemo_popsd.planning.served import server_bytes
 from nemo_popsd.planning.workload import Case
 from nemo_popsd.rollout.scheduler import PREFILL_TOKENS
 
@@ -144,8 +145,11 @@ def working_set(case: Case, longest: int) -> float:
     # Unfused attention has scores and probabilities.
     scores = 2 * sizes.heads * longest if not plain and case.element == 4 else 0
     attention = (4 * sizes.query_width + 3 * sizes.key_width + _repeated_heads(case) + scores) / layout.tensor
+    spread = layout.tensor if layout.sequence else 1
+    if sizes.experts and plain:
+        return 4 * sizes.hidden / spread + max(copies_of_tokens(case) / spread, attention)
     dispatched = 2 * visits * sizes.hidden * layout.expert_shards if sizes.experts else 0
-    return (4 * sizes.hidden + dispatched) / (layout.tensor if layout.sequence else 1) + max(mlp, attention)
+    return (4 * sizes.hidden + dispatched) / spread + max(mlp, attention)
 
 
 def activation_bytes(case: Case, stage: Stage) -> float:
@@ -247,24 +251,6 @@ def cache_bytes(case: Case, stage: Stage) -> float:
     positions = cache_positions(case.limits.student, case.device)
     elements = 2 * case.decoded_rows * positions * stage.layers * case.sizes.key_width / case.layout.tensor
     return elements * case.element
-
-
-def served_cache_tokens(case: Case) -> float:
-    """Tokens that fit into the key-value cache of a vLLM server; negative if its weights do not fit."""
-    vllm, sizes = case.config.rollout.vllm, case.sizes
-    weights = total_parameters(sizes) * case.element / vllm.tensor
-    cache = vllm.cache_bytes or vllm.memory_share * case.plan.hardware.memory_gib * 2**30 - weights
-    return cache / (2 * sizes.key_width / vllm.tensor * sizes.layers * case.element)
-
-
-def server_bytes(case: Case) -> float:
-    """Bytes of a vLLM server on a GPU shared with the training; 0 without a server, or if it has its own GPUs."""
-    rollout = case.config.rollout
-    if rollout.engine != "vllm" or rollout.vllm.launcher:
-        return 0.0
-    if rollout.vllm.cache_bytes:
-        return total_parameters(case.sizes) * case.element / rollout.vllm.tensor + rollout.vllm.cache_bytes
-    return rollout.vllm.memory_share * case.plan.hardware.memory_gib * 2**30
 
 
 def optimizer_bytes(case: Case, parameters: Parameters) -> float:
@@ -379,6 +365,7 @@ def of_stage(case: Case, stage: Stage) -> Memory:
             if copies and (offloaded or case.element < 4)
             else 0.0,
             "frozen forward": case.frozen_tokens / layout.context * working_set(case, longest) * case.element,
+            "held by dispatchers": held_by_dispatchers(case, stage, case.frozen_tokens),
             "kept prefix": 2.0 * case.kept_positions * sizes.key_width / layout.tensor * stage.layers * case.element,
             "frozen states": float(states),
         },

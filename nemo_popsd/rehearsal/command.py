@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from nemo_popsd.planning.workload import Case
 from nemo_popsd.rehearsal.comparison import quantities, transfers
 from nemo_popsd.rehearsal.kinds import kinds
 from nemo_popsd.rehearsal.rank import Rehearsed, as_rehearsed, rehearse
+
+logger = logging.getLogger(__name__)
 
 
 def rehearsal_text(
@@ -54,9 +58,12 @@ def rehearsal_text(
     case = Case(run, plan, sizes, plan.nodes[0], device="cpu")
     content = read_model_file(run.student.source).content
     found = []
-    for rank in _chosen(case, ranks, all_kinds=all_kinds):
+    chosen = _chosen(case, ranks, all_kinds=all_kinds)
+    for number, rank in enumerate(chosen, 1):
+        logger.info("rehearsing rank %d of %d (%d/%d)", rank, case.layout.world, number, len(chosen))
         started = time.monotonic()
-        found.append((rehearse(case, content, rank), time.monotonic() - started))
+        with _without_messages():
+            found.append((rehearse(case, content, rank), time.monotonic() - started))
     if as_json:
         return json.dumps([_as_data(case, rehearsed, seconds) for rehearsed, seconds in found], indent=2)
     head = [
@@ -64,7 +71,24 @@ def rehearsal_text(
         "One step without peers, weights or a GPU, on rows and responses of maximum length (docs/planning.md).",
         "Layers are Megatron's local ones, for which `popsd plan` uses other formulas than for TE layers.",
     ]
+    if asked.fp8.passes:
+        head.append(f"{', '.join(asked.fp8.passes)}: not rehearsed; these passes and their plan are in bf16 here.")
     return "\n".join([*head, *(line for each in found for line in _described(case, *each))])
+
+
+@contextmanager
+def _without_messages() -> Iterator[None]:
+    """Context in which the run logs errors alone, unless its log shows everything: it speaks of rows and of values,
+    which a rehearsal does not have.
+    """
+    log = logging.getLogger("nemo_popsd")
+    level = log.level
+    if level > logging.DEBUG:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _refuse(case: Case) -> None:

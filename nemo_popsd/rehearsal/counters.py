@@ -152,17 +152,35 @@ def _bytes(argument: Any) -> int:
 
 
 @dataclass
-class PhaseCost:
-    """Measured cost of one phase."""
+class Cost:
+    """Measured cost of a phase or of a span of the work."""
 
     peak: int = 0
-    """Peak of live bytes."""
+    """Peak of live bytes: all of them for a phase, the added ones for a span."""
+    left: int = 0
+    """Bytes at the end of a span that did not exist at its beginning."""
     flops: int = 0
     """Number of operations."""
     calls: Counter[Collective] = field(default_factory=Counter)
     """Number of calls by collective."""
     bytes: Counter[Collective] = field(default_factory=Counter)
     """Bytes by collective."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """State of a meter at the beginning of a span."""
+
+    live: int
+    """Bytes alive."""
+    peak: int
+    """Peak of live bytes so far."""
+    flops: int
+    """Operations so far."""
+    calls: Counter[Collective]
+    """Collectives so far."""
+    bytes: Counter[Collective]
+    """Bytes of collectives so far."""
 
 
 class Meter:
@@ -172,7 +190,7 @@ class Meter:
         self.live = LiveBytes()
         self._flops = Flops()
         self._collectives = Collectives()
-        self.phases: defaultdict[str, PhaseCost] = defaultdict(PhaseCost)
+        self.phases: defaultdict[str, Cost] = defaultdict(Cost)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -180,18 +198,43 @@ class Meter:
         with self.live, self._collectives, self._flops:
             yield
 
+    def begin(self) -> Span:
+        """Begins a span; spans nest."""
+        live, sent = self.live, self._collectives
+        span = Span(live.live, live.peak, self._flops.total, sent.calls.copy(), sent.bytes.copy())
+        live.peak = live.live
+        return span
+
+    def end(self, span: Span) -> Cost:
+        """Cost since `span` began."""
+        live, sent = self.live, self._collectives
+        cost = Cost(
+            peak=live.peak - span.live,
+            left=live.live - span.live,
+            flops=self._flops.total - span.flops,
+            calls=sent.calls - span.calls,
+            bytes=sent.bytes - span.bytes,
+        )
+        live.peak = max(live.peak, span.peak)
+        return cost
+
+    def repeat(self, cost: Cost) -> None:
+        """Adds the cost of a span once more, without the bytes left at its end."""
+        self.live.peak = max(self.live.peak, self.live.live + cost.peak)
+        self._flops.total += cost.flops
+        self._collectives.calls += cost.calls
+        self._collectives.bytes += cost.bytes
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Context whose work counts for `name`."""
-        self.live.peak = self.live.live
-        flops = self._flops.total
-        calls, sent = self._collectives.calls.copy(), self._collectives.bytes.copy()
+        """Context whose cost is added to the phase `name`."""
+        span = self.begin()
         yield
-        cost = self.phases[name]
-        cost.peak = max(cost.peak, self.live.peak)
-        cost.flops += self._flops.total - flops
-        cost.calls += self._collectives.calls - calls
-        cost.bytes += self._collectives.bytes - sent
+        cost, total = self.end(span), self.phases[name]
+        total.peak = max(total.peak, span.live + cost.peak)
+        total.flops += cost.flops
+        total.calls += cost.calls
+        total.bytes += cost.bytes
 
 
 class MeteredStopwatch(Stopwatch):

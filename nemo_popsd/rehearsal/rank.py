@@ -23,6 +23,7 @@ from nemo_popsd.data.contexts import Contexts
 from nemo_popsd.data.dataset import PromptRow
 from nemo_popsd.data.records import Record
 from nemo_popsd.distillation.fusion import TILE_BYTES
+from nemo_popsd.megatron.config import FP8Config
 from nemo_popsd.megatron.optimizer import StudentOptimizer
 from nemo_popsd.megatron.student import Student
 from nemo_popsd.model.training import build_weights
@@ -30,9 +31,10 @@ from nemo_popsd.parallel.distributed import initialize
 from nemo_popsd.planning.handover import sends_adapters
 from nemo_popsd.planning.workload import Case, Lengths
 from nemo_popsd.rehearsal.checkpoint import CheckpointShare, checkpoint_share
-from nemo_popsd.rehearsal.counters import Meter, MeteredStopwatch, PhaseCost
+from nemo_popsd.rehearsal.counters import Cost, Meter, MeteredStopwatch
 from nemo_popsd.rehearsal.handover import Handover, adapter_shapes, lone_stage_of_model, of_stage, rehearse_handover
 from nemo_popsd.rehearsal.peers import one_rank
+from nemo_popsd.rehearsal.repeated import repeated_layers
 from nemo_popsd.rehearsal.routing import balanced_routing
 from nemo_popsd.rehearsal.stages import lone_stage
 from nemo_popsd.rehearsal.storage_free import StorageFree, without_assigned_data
@@ -54,7 +56,7 @@ class Rehearsed:
     """The rank."""
     kinds: dict[str, int]
     """Bytes between steps by kind: weights, gradients, optimizer and frozen copy."""
-    phases: dict[str, PhaseCost]
+    phases: dict[str, Cost]
     """Cost by phase (frozen, train); there is no decoding."""
     checkpoint: CheckpointShare
     """The part of a checkpoint that the rank writes."""
@@ -107,6 +109,7 @@ def rehearse(case: Case, model: Mapping[str, object], rank: int) -> Rehearsed:
         with (
             _tiles_of_a_gpu(),
             lone_stage(meter.live.freed),
+            repeated_layers(meter, overlap=config.optimizer.overlap_grad_reduce),
             balanced_routing(),
             without_assigned_data(),
             StorageFree() as mode,
@@ -162,11 +165,12 @@ def _handed_over(case: Case, architecture: HuggingFaceModel, student: Student) -
 
 
 def as_rehearsed(config: PopsdConfig) -> PopsdConfig:
-    """The configuration with uncompiled torch operations on local layers, because compiled kernels and those of
-    Transformer Engine need memory. Rows have no text, so they share no prefixes.
+    """The configuration with uncompiled torch operations on local layers and without FP8, because compiled kernels and
+    those of Transformer Engine need memory. Rows have no text, so they share no prefixes.
     """
     return replace(
         config,
+        fp8=FP8Config(),
         student=replace(config.student, layers="local"),
         distillation=replace(config.distillation, fused="never"),
         rollout=replace(config.rollout, per_prompt=1),

@@ -130,20 +130,13 @@ class Row:
     """Kinds of collectives that are compared."""
 
 
-def measure(layout: Layout, lengths: tuple[str, ...], layers: str = "plain") -> Row:
-    """Rehearses one layout. The default process group must not exist.
-
-    Args:
-        layout: the run.
-        lengths: settings of the lengths; without them those of the recipe.
-        layers: `plain`, Megatron's local layers, or `fused`, those of Transformer Engine with emulated kernels.
-    """
+def case_of(layout: Layout, lengths: tuple[str, ...], layers: str = "plain") -> tuple[Any, dict[str, Any]]:
+    """The run as a case, and the content of its model's ``config.json``; arguments as `measure`."""
     from nemo_popsd.config.loading import load_config
     from nemo_popsd.planning.config import PlanConfig, WorkloadConfig
     from nemo_popsd.planning.sizes import read_model_file, read_sizes
     from nemo_popsd.planning.workload import Case
-    from nemo_popsd.rehearsal.comparison import quantities, transfers
-    from nemo_popsd.rehearsal.rank import as_rehearsed, rehearse
+    from nemo_popsd.rehearsal.rank import as_rehearsed
 
     words = list(layout.words)
     if lengths and not any(word.startswith("training.prompts") for word in words):
@@ -157,6 +150,21 @@ def measure(layout: Layout, lengths: tuple[str, ...], layers: str = "plain") -> 
     case = Case(run, plan, sizes, layout.world // 8, device="cpu")
     if lengths:  # one question a replica
         case = case.replace({"training.prompts_per_step": case.layout.data})
+    return case, content
+
+
+def measure(layout: Layout, lengths: tuple[str, ...], layers: str = "plain") -> Row:
+    """Rehearses one layout. The default process group must not exist.
+
+    Args:
+        layout: the run.
+        lengths: settings of the lengths; without them those of the recipe.
+        layers: `plain`, Megatron's local layers, or `fused`, those of Transformer Engine with emulated kernels.
+    """
+    from nemo_popsd.rehearsal.comparison import quantities, transfers
+    from nemo_popsd.rehearsal.rank import rehearse
+
+    case, content = case_of(layout, lengths, layers)
     begin = time.process_time()
     found = rehearse(case, content, layout.rank)
     ratios = {item.name: item.ratio for item in quantities(case, found)}
