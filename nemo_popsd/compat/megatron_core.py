@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 COMMON_STATE = "common.pt"
 """File of a distributed checkpoint with the state that is the same on all ranks, which 0.16 requires and 0.19 reads."""
 
+FILES_PER_RANK: int = inspect.signature(TorchDistSaveShardedStrategy).parameters["thread_count"].default
+"""Largest number of files among which a save divides the shards of a rank: 2 in 0.16, 1 in 0.19."""
+
 
 class _SeparateCommonState(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # Megatron has no types
     """Writes no common state among the shards, where 0.19 has it as a pickle and 0.16 does not expect it."""

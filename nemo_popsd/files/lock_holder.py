@@ -62,8 +62,14 @@ class Holder:
         return bool(self.machine) and self.machine == _machine()
 
     def ended(self) -> bool:
-        """Whether it is known to have ended: on this machine, no process has its ID and its start time."""
-        return self.on_this_machine() and self.start_time != 0 and _start_time(self.pid) != self.start_time
+        """Whether it is known to have ended: on this machine, no process has its ID and its start time.
+
+        A holder that did not record its start time has ended if no process has its ID.
+        """
+        if not self.on_this_machine():
+            return False
+        found = _start_time(self.pid)
+        return found is None or self.start_time not in (0, found)
 
     def follows(self, other: Holder) -> bool:
         """Whether this is a later start of the batch job of `other`."""

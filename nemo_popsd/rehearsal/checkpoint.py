@@ -20,10 +20,9 @@ from nemo_popsd.checkpoint.contents import STATE, WEIGHTS
 from nemo_popsd.checkpoint.sharing import replicas, share_writing
 from nemo_popsd.checkpoint.training_state import owned_states, written_by_this_shard
 from nemo_popsd.checkpoint.weights import adapter_parameters, every_parameter, sharded_state
+from nemo_popsd.compat.megatron_core import FILES_PER_RANK
 from nemo_popsd.megatron.interfaces import ModelChunk
 
-_FILES = 2
-"""Megatron divides a rank's shards among as many files."""
 _FP32 = 4
 
 
@@ -57,7 +56,7 @@ def checkpoint_share(models: Sequence[ModelChunk], optimizer: MegatronOptimizer,
     if distribution is not None:
         ours = [shard for shard in shards if _sharded_tensor_shard_id(shard) in distribution.shards_in_this_group]
     written, held = _bytes(own), _bytes(ours)
-    files = [f"{WEIGHTS}/__{rank}_{number}.distcp" for number in range(min(_FILES, len(own)))]
+    files = [f"{WEIGHTS}/__{rank}_{number}.distcp" for number in range(min(FILES_PER_RANK, len(own)))]
     state_written = 0
     for state, sharding, owner in owned_states(models, optimizer):
         if written_by_this_shard(sharding):

@@ -111,6 +111,7 @@ def _command(rank: int, world_size: int, nemo: Path, output: Path) -> None:
     nemo_to_hf(str(nemo), str(output), verifies=True, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command_converts_and_verifies_adapters_on_two_ranks(saved, tmp_path):
     folder, _, logits = saved
     run_ranks(_command, 2, folder / "qwen3_tied", tmp_path / "hf")

@@ -201,6 +201,7 @@ def _reload(source: Path, checkpoint: Path, step: int) -> None:
     assert _marks(model) == {float(step)}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_changes_nothing(small_disk: Path, tmp_path: Path) -> None:
     source = _source(tmp_path / "hf")
     [messages] = run_ranks(_fill_the_disk, 1, source, small_disk)

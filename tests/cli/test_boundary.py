@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "conf" / "tiny.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["config", TINY], ["plan", TINY, "nodes=1", "gpus_per_node=1"], ["doctor", "--json"], ["--help"]], ids=str
 )

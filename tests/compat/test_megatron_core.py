@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nemo_popsd.parallel.config import ParallelConfig
@@ -28,6 +29,7 @@ def _save(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     return {"equal": torch.equal(loaded["weight"], value), "keys": sorted(loaded)}
 
 
+@pytest.mark.slow
 def test_a_staged_save_has_the_files_that_both_versions_read_and_no_pickled_state(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()

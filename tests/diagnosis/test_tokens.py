@@ -121,6 +121,7 @@ def test_all_figures_agree_with_dense_formulas() -> None:
     check(errors_by_precision(0, 1))
 
 
+@pytest.mark.slow
 def test_all_figures_agree_with_dense_formulas_in_shards() -> None:
     for found in run_ranks(errors_by_precision, 2):
         check(found)

@@ -59,6 +59,7 @@ def _four_shards(rank: int, world_size: int):
     return errors
 
 
+@pytest.mark.slow
 def test_four_shards_agree_with_the_dense_reference():
     for errors in run_ranks(_four_shards, 4):
         check(errors, torch.float64)

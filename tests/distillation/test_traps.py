@@ -214,6 +214,7 @@ def _plant_raw_all_reduces(rank: int, world_size: int):
     return found
 
 
+@pytest.mark.slow
 def test_trap_3_a_planted_raw_all_reduce_keeps_the_loss_and_fails_the_gradient_comparison():
     for found in run_ranks(_plant_raw_all_reduces, 2):
         for (divergence, plant), (loss, gradient) in found.items():

@@ -111,6 +111,18 @@ def test_a_reused_process_id_is_another_process(tmp_path: Path) -> None:
         lock.release()
 
 
+def test_without_a_start_time_the_process_id_decides(tmp_path: Path) -> None:
+    with another_process(tmp_path) as first:
+        change_holder(tmp_path, start_time=0)
+        with pytest.raises(UserError, match="another run in it"):
+            OutputLock(tmp_path)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        lock = OutputLock(tmp_path)
+        assert lock.hold.generation == 2
+        lock.release()
+
+
 def test_a_live_holder_on_another_machine_is_recognised_by_its_heartbeat(tmp_path: Path) -> None:
     reported: list[str] = []
     with another_process(tmp_path):

@@ -70,7 +70,7 @@ def observe(rank: int, world_size: int, source: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("size", [1, 2], ids=["tp1", "tp2 sp"])
+@pytest.mark.parametrize("size", [pytest.param(1, id="tp1"), pytest.param(2, id="tp2 sp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_equals_full_recomputation(tmp_path: Path, kind: str, size: int, layers: str) -> None:
     source = save_tiny_model(tmp_path, kind)

@@ -123,6 +123,7 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]))
 
 
+@pytest.mark.slow
 @on_transformer_engine
 @pytest.mark.transformer_engine
 def test_moments_in_bf16_train_like_those_in_fp32_and_are_saved(tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def _gradients_in_bf16(rank: int, world_size: int, source: Path) -> dict[str, An
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", BOTH)
 def test_gradients_reduced_in_bf16_are_those_of_fp32_up_to_rounding(tmp_path: Path, layers: str) -> None:
     for seen in run_ranks(_gradients_in_bf16, 2, save_tiny_model(tmp_path, "qwen3"), layers=layers):
@@ -185,6 +187,7 @@ def _on_the_host(rank: int, world_size: int, source: Path, folder: Path, share: 
     }
 
 
+@pytest.mark.slow
 @on_transformer_engine
 @pytest.mark.transformer_engine
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -175,6 +175,7 @@ def test_a_rank_that_hangs_fails_the_others_in_time(group):
     assert 2 < waited < 9
 
 
+@pytest.mark.slow
 def test_the_address_of_missing_ranks_is_logged_and_the_wait_ends(distributed, monkeypatch):
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]

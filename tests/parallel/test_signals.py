@@ -119,6 +119,7 @@ def _interrupted(rank: int, world_size: int, times: int) -> bool:
     return stop.requested
 
 
+@pytest.mark.slow
 def test_ctrl_c_requests_a_stop_and_a_second_one_ends_the_process() -> None:
     assert run_ranks(_interrupted, 1, 1) == [True]
     with pytest.raises(AssertionError, match="exit code 130"):

@@ -48,6 +48,7 @@ def opened(browser: Browser, file: Path, width: int, *, dark: bool = False) -> P
     return page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 @pytest.mark.parametrize("name", ["one", "two", "bare", "diagnosis"])
 def test_pages_fit_the_width_and_escape_text(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:

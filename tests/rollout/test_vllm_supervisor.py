@@ -185,6 +185,7 @@ def test_a_failure_after_a_server_has_loaded_is_not_a_user_error(tmp_path: Path)
     assert (tmp_path / "starts").read_text() == "xxx"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "printed"),
     [
@@ -329,6 +330,7 @@ def cannot_start(rank: int, world_size: int, output: Path) -> Any:
     return None
 
 
+@pytest.mark.slow
 def test_no_rank_waits_for_a_server_that_cannot_start(tmp_path: Path) -> None:
     printed = run_ranks(cannot_start, 2, tmp_path, timeout=90)
     assert printed[0] == printed[1]

@@ -48,6 +48,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_pieces_give_the_weights_and_the_curve_of_one_piece(tmp_path: Path) -> None:
     whole = Pretraining(tmp_path / "whole", TINY)
     whole.run(1e9, log_every=2)

@@ -116,6 +116,7 @@ def movements(rank: int, world_size: int, model: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_averages_and_snapshots_move_as_set(models: dict[str, Path]) -> None:
     (found,) = run_ranks(movements, 1, models["base"])
     for precision, seen in found.items():

@@ -94,6 +94,7 @@ def stored(output: Path, part: int) -> list[list[list[int]]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_next_step_is_generated_by_the_weights_that_this_one_starts_with(
     model: Path, tmp_path: Path, overlap: bool
@@ -129,6 +130,7 @@ def train_on_several(rank: int, world_size: int, model: Path, output: Path, shar
     return {"metrics": metrics, "again": again, "generated": engine.generated}
 
 
+@pytest.mark.slow
 def test_several_responses_to_each_question(model: Path, tmp_path: Path) -> None:
     from nemo_popsd.rollout.engine import row_seed
 
