@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,6 +17,16 @@ LAYOUTS = (
     Layout("Qwen3-8B", 5, 8, 0, (KEEP, FULL, "training.microbatch_tokens=352")),
     Layout("Qwen3-30B-A3B", 4, 8, 0, (EP8, ATTENTION)),
 )
+
+
+def _noted(again: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    """`again`, which notes its calls without their tensors: a mock would keep these alive."""
+
+    def noted(*args: Any) -> Any:
+        calls.append(None)
+        return again(*args)
+
+    return noted
 
 
 def _steps(rank: int, world_size: int) -> list[tuple[Any, Any, int]]:
@@ -35,11 +45,12 @@ def _steps(rank: int, world_size: int) -> list[tuple[Any, Any, int]]:
     for layout in LAYOUTS:
         case, content = case_of(layout, SHORT)
         case = case.replace({"training.prompts_per_step": 2 * case.layout.data})
-        with mock.patch.object(_Repeated, "_again", autospec=True, side_effect=_Repeated._again) as again:
+        left_out: list[None] = []
+        with mock.patch.object(_Repeated, "_again", _noted(_Repeated._again, left_out)):
             repeated = rehearsal.rehearse(case, content, layout.rank)
         with mock.patch.object(rehearsal, "repeated_layers", each_carried_out):
             carried_out = rehearsal.rehearse(case, content, layout.rank)
-        found.append((repeated, carried_out, again.call_count))
+        found.append((repeated, carried_out, len(left_out)))
     return found
 
 
@@ -48,10 +59,10 @@ def test_what_is_left_out_counts_as_if_it_had_been_carried_out() -> None:
     found: list[Any]
     [found] = run_ranks(_steps, 1)
     for layout, (repeated, carried_out, left_out) in zip(LAYOUTS, found, strict=True):
-        assert left_out >= layout.layers, layout
-        for phase, cost in carried_out.phases.items():
-            other = repeated.phases[phase]
-            assert other.flops == cost.flops > 0
+        assert left_out, layout
+        for phase in ("frozen", "train"):
+            other, cost = repeated.phases[phase], carried_out.phases[phase]
+            assert other.flops == cost.flops > 0, (layout, phase)
             assert other.calls == cost.calls
             assert other.bytes == cost.bytes
             assert other.peak == pytest.approx(cost.peak, abs=4096), (layout, phase)
