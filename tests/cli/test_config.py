@@ -24,7 +24,7 @@ def test_a_setting_is_explained_by_its_own_string(capsys: pytest.CaptureFixture[
     assert cli.main(["config", "--describe", "training.steps"]) == 0
     head, *text = capsys.readouterr().out.splitlines()
     assert head == "training.steps: int, default 200, from 1 to 100,000,000"
-    assert " ".join(" ".join(text).split()).startswith("Training steps (the paper trains at most 200).")
+    assert " ".join(" ".join(text).split()).startswith("Number of training steps (at most 200 in the paper).")
     assert "Here:" not in " ".join(text)
 
 
