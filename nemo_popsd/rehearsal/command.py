@@ -62,7 +62,7 @@ def rehearsal_text(
     for number, rank in enumerate(chosen, 1):
         logger.info("rehearsing rank %d of %d (%d/%d)", rank, case.layout.world, number, len(chosen))
         started = time.monotonic()
-        with _without_messages():
+        with _errors_only():
             found.append((rehearse(case, content, rank), time.monotonic() - started))
     if as_json:
         return json.dumps([_as_data(case, rehearsed, seconds) for rehearsed, seconds in found], indent=2)
@@ -72,14 +72,14 @@ def rehearsal_text(
         "Layers are Megatron's local ones, for which `popsd plan` uses other formulas than for TE layers.",
     ]
     if asked.fp8.passes:
-        head.append(f"{', '.join(asked.fp8.passes)}: not rehearsed; these passes and their plan are in bf16 here.")
+        head.append(f"{', '.join(asked.fp8.passes)}: not rehearsed in FP8; these passes and their plan use bf16 here.")
     return "\n".join([*head, *(line for each in found for line in _described(case, *each))])
 
 
 @contextmanager
-def _without_messages() -> Iterator[None]:
-    """Context in which the run logs errors alone, unless its log shows everything: it speaks of rows and of values,
-    which a rehearsal does not have.
+def _errors_only() -> Iterator[None]:
+    """Context in which only errors are logged, unless the level is debug: the other messages of a run concern rows and
+    values, which a rehearsal does not have.
     """
     log = logging.getLogger("nemo_popsd")
     level = log.level

@@ -1,4 +1,4 @@
-"""Layers that are left out count as if they had been carried out."""
+"""A rehearsal that skips repeated layers measures the same as one that runs every layer."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ LAYOUTS = (
 )
 
 
-def _noted(again: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
-    """`again`, which notes its calls without their tensors: a mock would keep these alive."""
+def _recording(again: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    """`again`, with a record of its calls but not of their tensors, which a mock would keep alive."""
 
-    def noted(*args: Any) -> Any:
+    def recording(*args: Any) -> Any:
         calls.append(None)
         return again(*args)
 
-    return noted
+    return recording
 
 
 def _steps(rank: int, world_size: int) -> list[tuple[Any, Any, int]]:
-    """What is measured with and without repetition, and the number of layers' passes that are left out."""
+    """Measurements with and without skipped layers, and the number of skipped calls, by layout."""
     import torch.distributed as dist
 
     from nemo_popsd.rehearsal import rank as rehearsal
     from nemo_popsd.rehearsal.repeated import _Repeated
 
     @contextmanager
-    def each_carried_out(meter: Any, *, overlap: bool) -> Iterator[None]:
+    def every_layer_runs(meter: Any, *, overlap: bool) -> Iterator[None]:
         yield
 
     dist.destroy_process_group()
@@ -45,23 +45,23 @@ def _steps(rank: int, world_size: int) -> list[tuple[Any, Any, int]]:
     for layout in LAYOUTS:
         case, content = case_of(layout, SHORT)
         case = case.replace({"training.prompts_per_step": 2 * case.layout.data})
-        left_out: list[None] = []
-        with mock.patch.object(_Repeated, "_again", _noted(_Repeated._again, left_out)):
+        skipped: list[None] = []
+        with mock.patch.object(_Repeated, "_again", _recording(_Repeated._again, skipped)):
             repeated = rehearsal.rehearse(case, content, layout.rank)
-        with mock.patch.object(rehearsal, "repeated_layers", each_carried_out):
-            carried_out = rehearsal.rehearse(case, content, layout.rank)
-        found.append((repeated, carried_out, len(left_out)))
+        with mock.patch.object(rehearsal, "repeated_layers", every_layer_runs):
+            complete = rehearsal.rehearse(case, content, layout.rank)
+        found.append((repeated, complete, len(skipped)))
     return found
 
 
 @pytest.mark.slow
-def test_what_is_left_out_counts_as_if_it_had_been_carried_out() -> None:
+def test_skipped_layers_are_measured_as_layers_that_run() -> None:
     found: list[Any]
     [found] = run_ranks(_steps, 1)
-    for layout, (repeated, carried_out, left_out) in zip(LAYOUTS, found, strict=True):
-        assert left_out, layout
+    for layout, (repeated, complete, skipped) in zip(LAYOUTS, found, strict=True):
+        assert skipped, layout
         for phase in ("frozen", "train"):
-            other, cost = repeated.phases[phase], carried_out.phases[phase]
+            other, cost = repeated.phases[phase], complete.phases[phase]
             assert other.flops == cost.flops > 0, (layout, phase)
             assert other.calls == cost.calls
             assert other.bytes == cost.bytes
