@@ -52,7 +52,7 @@ COMPARED = (
     Compared("order", "accuracy", "order of the verdicts (kind, then gain)"),
     Compared("gain", "accuracy", "gain"),
     Compared("uncertain_target_over_student", "accuracy", "target less student, uncertain tokens"),
-    Compared("fork_target_over_student", "accuracy", "target less student, where answers part"),
+    Compared("fork_target_over_student", "accuracy", "target less student, first difference"),
     Compared("accuracy", "accuracy", "accuracy of the teacher"),
     Compared("markers", "accuracy", "markers per 1,000 tokens, target less student"),
     Compared("markers", "markers", "markers per 1,000 tokens, target less student"),
